@@ -150,14 +150,9 @@ class DeferredBackend:
         try:
             backend = self._load(self._report)
         except Exception as error:
-            known = error
-            if not isinstance(error, QwenError):
-                logger.exception("Loading the model failed")
-                known = BackendFailed(
-                    "The model could not be loaded because of an unexpected fault. The server's "
-                    "log has the details; start the server again or choose another checkpoint."
-                )
-            self._set_status(LoadStatus(stage="failed", step="Loading failed", error=known))
+            self._set_status(
+                LoadStatus(stage="failed", step="Loading failed", error=_as_qwen_error(error))
+            )
             return
         with self._lock:
             self._backend = backend
@@ -204,3 +199,13 @@ class DeferredBackend:
             backend = self._backend
         if backend is not None:
             backend.close()
+
+
+def _as_qwen_error(error: Exception) -> QwenError:
+    if isinstance(error, QwenError):
+        return error
+    logger.error("Loading the model failed", exc_info=error)
+    return BackendFailed(
+        "The model could not be loaded because of an unexpected fault. The server's log has the "
+        "details; start the server again or choose another checkpoint."
+    )

@@ -1,0 +1,30 @@
+"""The web demo: `python app.py`. Settings → backend → serve."""
+
+import os
+import sys
+
+from qwen.backend import ChatBackend, DeferredBackend, ReportProgress
+from webapp.server import TerminalProgress, serve
+from webapp.settings import parse_settings
+
+
+def main() -> int:
+    """Run the server until it is told to stop; returns the exit code."""
+    settings = parse_settings(sys.argv[1:], os.environ)
+
+    def load(report: ReportProgress) -> ChatBackend:
+        from qwen.local import load_backend
+
+        return load_backend(
+            settings.checkpoint,
+            device="cpu" if settings.cpu_only else "auto",
+            dtype=settings.dtype,
+            max_input_tokens=settings.max_input_tokens,
+            report=report,
+        )
+
+    return serve(settings, DeferredBackend(load, on_status=TerminalProgress()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Flags, environment and platform defaults, in that order."""
+
+import pytest
+
+from webapp.settings import Settings, parse_settings
+
+
+def test_without_flags_the_reference_address_and_the_automatic_checkpoint_are_taken():
+    settings = parse_settings([], {})
+    assert settings == Settings()
+    assert (settings.server_name, settings.server_port) == ("127.0.0.1", 8000)
+
+
+def test_reference_flags_keep_their_names():
+    argv = [
+        "-c",
+        "./x",
+        "--cpu-only",
+        "--share",
+        "--inbrowser",
+        "--server-port",
+        "81",
+        "--server-name",
+        "h",
+    ]
+    settings = parse_settings(argv, {})
+    assert (settings.checkpoint, settings.cpu_only, settings.share) == ("./x", True, True)
+    assert (settings.inbrowser, settings.server_port, settings.server_name) == (True, 81, "h")
+
+
+def test_flag_wins_over_environment_over_platform():
+    environ = {"GRADIO_SERVER_PORT": "9001", "MODELSCOPE_ENVIRONMENT": "studio"}
+    assert parse_settings(["--server-port", "9002"], environ).server_port == 9002
+    assert parse_settings([], environ).server_port == 9001
+    assert parse_settings([], {"MODELSCOPE_ENVIRONMENT": "studio"}).server_port == 7860
+
+
+def test_studio_listens_on_all_addresses():
+    assert parse_settings([], {"MODELSCOPE_ENVIRONMENT": "studio"}).server_name == "0.0.0.0"
+
+
+def test_space_leaves_address_to_the_platform():
+    settings = parse_settings([], {"SPACE_ID": "a/b"})
+    assert (settings.server_name, settings.server_port) == (None, None)
+
+
+def test_share_without_login_warns_and_with_login_does_not():
+    assert parse_settings(["--share"], {}).warnings
+    assert parse_settings([], {"GRADIO_SHARE": "true"}).warnings
+    assert not parse_settings(["--share", "--auth", "u:p"], {}).warnings
+
+
+def test_password_may_hold_a_colon_and_come_from_the_environment():
+    assert parse_settings(["--auth", "u:p:q"], {}).auth == ("u", "p:q")
+    assert parse_settings([], {"QWEN_AUTH": "u:p"}).auth == ("u", "p")
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "named"),
+    [
+        (["--auth", "nopassword"], {}, "USER:PASSWORD"),
+        (["--auth", ":p"], {}, "USER:PASSWORD"),
+        (["--server-port", "0"], {}, "65535"),
+        (["--server-port", "many"], {}, "65535"),
+        ([], {"GRADIO_SERVER_PORT": "x"}, "GRADIO_SERVER_PORT"),
+        (["--max-input-tokens", "-5"], {}, "above 0"),
+        (["--dtype", "int3"], {}, "int3"),
+    ],
+)
+def test_wrong_value_is_named(argv, environ, named, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_settings(argv, environ)
+    assert stopped.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_settings(["--help"], {})
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for name in ("--checkpoint-path", "--max-input-tokens", "--auth", "QWEN_CACHE", "modelscope:"):
+        assert name in text

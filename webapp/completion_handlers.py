@@ -1,0 +1,68 @@
+"""The page of a base model, which has no chat format: text in, the same text continued."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from qwen.backend import ChatBackend
+from qwen.errors import QwenError
+from qwen.messages import ChatRequest
+from webapp.controls import sampling_params
+from webapp.reply_stream import reply_note, stream_snapshots
+from webapp.session import PageSession, new_session
+from webapp.views import note_text, notice_html
+
+logger = logging.getLogger(__name__)
+
+#: The components that a completion updates, by name, in the order of the yielded values.
+COMPLETION_VIEW = ("session", "text", "completion_note", "complete", "stop_completion")
+
+
+class CompletionHandlers:
+    """The events of the completion page, over one shared backend."""
+
+    def __init__(self, backend: ChatBackend) -> None:
+        self._backend = backend
+
+    def complete(
+        self, request: gr.Request, text: str, session: PageSession | None, *controls: Any
+    ) -> Iterator[tuple[Any, ...]]:
+        """Continue the text in place; on an error it stays as it was."""
+        session = session or new_session(request)
+        grown, note = text, ""
+        try:
+            with session.reply() as cancel:
+                params = sampling_params(controls)
+                asked = ChatRequest(raw_prompt=text, params=params)
+                for snapshot in stream_snapshots(
+                    lambda: self._backend.stream(asked, cancel), cancel
+                ):
+                    grown = text + snapshot.text
+                    yield self._view(session, grown, "", busy=True)
+                    figures = reply_note(snapshot)
+                    if figures is not None:
+                        note = f'<small class="note">{note_text(figures, session.words)}</small>'
+        except QwenError as error:
+            note = notice_html(str(error))
+        except Exception:
+            logger.exception("A completion failed")
+            note = notice_html(session.words("unexpected"))
+        yield self._view(session, grown, note, busy=session.is_busy)
+
+    def stop(self, session: PageSession | None) -> None:
+        """Stop the running completion; its text is kept."""
+        if session is not None:
+            session.stop()
+
+    def _view(self, session: PageSession, text: str, note: str, *, busy: bool) -> tuple[Any, ...]:
+        return (
+            session,
+            text,
+            note,
+            gr.update(visible=not busy),
+            gr.update(visible=busy),
+        )

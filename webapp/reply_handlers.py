@@ -1,0 +1,205 @@
+"""Gradio events that end in a reply: send, edit, regenerate, continue; and the one that stops it.
+
+A handler takes plain component values and yields updates in the order of `page_updates.VIEW`. The
+conversation comes from the page's session, never from the browser. Knows no layout.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import gradio as gr
+
+from qwen.backend import DeferredBackend
+from qwen.errors import BackendNotReady, QwenError
+from qwen.messages import ChatRequest
+from webapp.controls import Controls, sampling_params, system_messages
+from webapp.conversation import Conversation
+from webapp.page_updates import PageUpdates, Updates
+from webapp.render import restore_text
+from webapp.reply_stream import HEARTBEAT_SECONDS, Growth, Snapshot, stream_snapshots
+from webapp.session import PageBusy, PageSession, new_session
+from webapp.views import loading_text
+
+logger = logging.getLogger(__name__)
+
+#: Between two copies of a growing reply in the browser's storage.
+SAVE_SECONDS = 2.0
+
+
+class ReplyHandlers:
+    """Replies of the one shared backend to one page at a time."""
+
+    def __init__(self, backend: DeferredBackend, page: PageUpdates) -> None:
+        self._backend = backend
+        self._page = page
+
+    def send(
+        self, request: gr.Request, text: str, session: PageSession | None, *controls: Any
+    ) -> Iterator[Updates]:
+        """Send the message box's text and stream the reply."""
+        session = session or new_session(request)
+        text = text if isinstance(text, str) else ""
+        yield from self._reply(
+            session, controls, lambda chat: chat.ask(text), typed=text, from_box=True
+        )
+
+    def send_example(
+        self, request: gr.Request, event: gr.SelectData, session: PageSession | None, *controls: Any
+    ) -> Iterator[Updates]:
+        """Send the example prompt that was clicked."""
+        session = session or new_session(request)
+        text = str(event.value["text"])
+        yield from self._reply(session, controls, lambda chat: chat.ask(text), typed=text)
+
+    def edit(
+        self, request: gr.Request, event: gr.EditData, session: PageSession | None, *controls: Any
+    ) -> Iterator[Updates]:
+        """Make another version of an earlier message and stream the reply to it."""
+        session = session or new_session(request)
+        index = event.index if isinstance(event.index, int) else event.index[0]
+        shown = session.conversation.path[-session.window :]
+        text = restore_text(str(event.value))
+        if not 0 <= index < len(shown) or shown[index].role != "user":
+            yield self._page.refused(session, session.words("stale_edit"), box=text)
+            return
+        node_id = shown[index].id
+        yield from self._reply(session, controls, lambda chat: chat.edit(node_id, text), typed=text)
+
+    def regenerate(
+        self, request: gr.Request, session: PageSession | None, *controls: Any
+    ) -> Iterator[Updates]:
+        """Stream another version of the last reply; the earlier ones stay."""
+        session = session or new_session(request)
+        asked = session.conversation.last_question
+        if asked is None:
+            yield self._page.refused(session, session.words("nothing_to_regenerate"))
+            return
+        yield from self._reply(session, controls, lambda chat: replace(chat, leaf=asked))
+
+    def continue_reply(
+        self, request: gr.Request, session: PageSession | None, *controls: Any
+    ) -> Iterator[Updates]:
+        """Go on with a reply that was cut off or stopped."""
+        session = session or new_session(request)
+        if not session.can_continue:
+            yield self._page.refused(session, session.words("nothing_to_continue"))
+            return
+        yield from self._reply(session, controls, lambda chat: chat)
+
+    def _reply(
+        self,
+        session: PageSession,
+        controls: Controls,
+        change: Callable[[Conversation], Conversation],
+        *,
+        typed: str | None = None,
+        from_box: bool = False,
+    ) -> Iterator[Updates]:
+        """Change the conversation and stream what the model says to it.
+
+        Args:
+            session: The page.
+            controls: Values of `CONTROLS`.
+            change: Leads to a path that ends with the question, or with the reply to continue.
+            typed: The user's text; it goes (back) into the box when the request is refused.
+            from_box: The text was typed into the box, which is emptied when the reply begins.
+        """
+        before = session.conversation
+        accepted = False
+        try:
+            with session.reply() as cancel:
+                base = session.conversation = change(before)
+                yield self._page.whole(session, controls, box="" if from_box else None)
+                yield from self._until_loaded(session, controls, cancel)
+                asked = self._request(base, controls)
+                self._backend.count_tokens(asked)
+                accepted = True
+                snapshots = stream_snapshots(lambda: self._backend.stream(asked, cancel), cancel)
+                yield from self._grow(session, controls, Growth(base), snapshots)
+            yield self._page.whole(session, controls)
+        except PageBusy as error:
+            yield self._page.refused(session, str(error), box=typed)
+        except Exception as error:
+            message = self._message_for(session, error)
+            if accepted:
+                session.notice = message
+                yield self._page.whole(session, controls)
+            else:
+                session.conversation = before
+                yield self._page.whole(session, controls, box=typed, notice=message)
+        finally:
+            session.notice = ""
+
+    def _message_for(self, session: PageSession, error: Exception) -> str:
+        if isinstance(error, QwenError):
+            logger.warning("A request was refused or failed: %s", type(error).__name__)
+            return str(error)
+        logger.exception("A page event failed")
+        return session.words("unexpected")
+
+    def _until_loaded(
+        self, session: PageSession, controls: Controls, cancel: threading.Event
+    ) -> Iterator[Updates]:
+        """Yield pictures of the loading progress until the model is there or cannot be."""
+        while self._backend.status.stage == "loading":
+            if cancel.is_set():
+                raise BackendNotReady(session.words("stopped_while_loading"))
+            session.notice = loading_text(self._backend.status, session.words)
+            yield self._page.whole(session, controls, save=False)
+            time.sleep(HEARTBEAT_SECONDS)
+        session.notice = session.words("waiting")
+
+    def _request(self, base: Conversation, controls: Controls) -> ChatRequest:
+        path = base.messages
+        prefix = path[-1].content if path[-1].role == "assistant" else ""
+        params = sampling_params(controls)
+        if params.seed is not None:
+            # With a fixed seed every version would otherwise be the same text again.
+            versions = sum(node.parent == base.last_question for node in base.nodes)
+            params = replace(params, seed=(params.seed + versions) % 2**63)
+        return ChatRequest(
+            messages=(*system_messages(controls), *(path[:-1] if prefix else path)),
+            reply_prefix=prefix,
+            params=params,
+        )
+
+    def _grow(
+        self,
+        session: PageSession,
+        controls: Controls,
+        growth: Growth,
+        snapshots: Iterator[Snapshot],
+    ) -> Iterator[Updates]:
+        """Take a reply's pictures into the conversation; yield what the page shows of them."""
+        saved_at, shown = time.monotonic(), None
+        for snapshot in snapshots:
+            if snapshot.text:
+                session.notice = ""
+                session.conversation = growth.at(snapshot)
+            elif snapshot.final is not None:
+                cancelled = snapshot.final.finish_reason == "cancelled"
+                session.notice = session.words(
+                    "stopped_before_text" if cancelled else "empty_reply"
+                )
+            if snapshot.final is not None:
+                return
+            save = bool(snapshot.text) and time.monotonic() - saved_at > SAVE_SECONDS
+            if save:
+                saved_at = time.monotonic()
+            picture = (snapshot.text, session.notice)
+            if picture == shown and not save:
+                yield self._page.none()
+                continue
+            shown = picture
+            yield self._page.growing(session, controls, save=save)
+
+    def stop(self, session: PageSession | None) -> None:
+        """Stop the running reply within one token; its text is kept."""
+        if session is not None:
+            session.stop()
