@@ -110,6 +110,9 @@ class ReplyHandlers:
             typed: The user's text; it goes (back) into the box when the request is refused.
             from_box: The text was typed into the box, which is emptied when the reply begins.
         """
+        if typed is not None and not typed.strip():
+            yield self._page.refused(session, session.words("empty"), box=typed)
+            return
         before = session.conversation
         accepted = False
         try:

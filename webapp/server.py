@@ -52,7 +52,7 @@ def serve(settings: Settings, backend: DeferredBackend) -> int:
     stopped = _stop_on_signals()
     backend.start()
     try:
-        demo = _launch(settings, backend)
+        demo = launch_page(settings, backend)
     except StartupError as error:
         print(f"Error: {error}", file=sys.stderr)
         backend.close()
@@ -79,7 +79,15 @@ def _stop_on_signals() -> threading.Event:
     return stopped
 
 
-def _launch(settings: Settings, backend: DeferredBackend) -> Any:
+def launch_page(settings: Settings, backend: DeferredBackend) -> Any:
+    """Build the page and start serving it on threads of its own.
+
+    Returns:
+        The running Gradio Blocks; its `close` ends it.
+
+    Raises:
+        StartupError: The port is taken.
+    """
     # Before the import: Gradio reads it there, and otherwise asks its makers' server at start.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr

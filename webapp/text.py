@@ -105,6 +105,11 @@ _TABLE: dict[str, tuple[str, str, str]] = {
         "这里还有回复正在生成。请先停止或等待其结束,再发送。",
         "返信を作成中です。停止するか終わるのを待ってから送信してください。",
     ),
+    "empty": (
+        "The message is empty. Write something first.",
+        "消息是空的。请先写点什么。",
+        "メッセージが空です。まず何か書いてください。",
+    ),
     "nothing_to_regenerate": (
         "There is no reply to regenerate yet. Write a message first.",
         "还没有可以重新生成的回复。请先写一条消息。",

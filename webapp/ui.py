@@ -48,7 +48,7 @@ def launch_options() -> dict[str, Any]:
     """Return what the look of the page adds to `launch`."""
     script = (FOLDER / "page.js").read_text("utf-8")
     return {
-        "theme": gr.themes.Soft(
+        "theme": gr.themes.Default(
             primary_hue="indigo",
             font=["system-ui", "sans-serif"],
             font_mono=["ui-monospace", "monospace"],

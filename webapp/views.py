@@ -120,7 +120,7 @@ def context_html(usage: ContextUsage | None, words: Words) -> str:
     """Return the context bar: what fills the context, what is left, which turns drop out."""
     if usage is None:
         return ""
-    parts = (
+    parts: tuple[tuple[str, int, str], ...] = (
         ("system", usage.system, words("context_system")),
         ("history", usage.history, words("context_history")),
         ("query", usage.query, words("context_query")),
