@@ -168,12 +168,47 @@ def _etag(content: bytes) -> str:
 
 
 class SilentServer:
-    """Accepts connections and never says a word. Use as a context manager."""
+    """Accepts connections and never says a word. Use as a context manager.
+
+    Attributes:
+        most_open: How many connections were open at the same time.
+    """
 
     def __enter__(self) -> SilentServer:
+        self.most_open = 0
+        self._open: list[socket.socket] = []
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=16)
+        self._socket.settimeout(0.05)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._listen)
+        self._thread.start()
         return self
 
+    def _listen(self) -> None:
+        while not self._ended.is_set():
+            with contextlib.suppress(TimeoutError):
+                self._open.append(self._socket.accept()[0])
+            self._open = [connection for connection in self._open if not self._hung_up(connection)]
+            self.most_open = max(self.most_open, len(self._open))
+
+    @staticmethod
+    def _hung_up(connection: socket.socket) -> bool:
+        """Tell whether the client closed a connection, and close our side of it then."""
+        connection.setblocking(False)
+        try:
+            gone = connection.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            gone = True
+        if gone:
+            connection.close()
+        return gone
+
     def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        for connection in self._open:
+            connection.close()
         self._socket.close()

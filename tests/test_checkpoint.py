@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -291,10 +290,9 @@ def test_silent_hubs_cost_one_wait(hub: LocalHub, monkeypatch: pytest.MonkeyPatc
     with SilentServer() as silent:
         monkeypatch.setenv("HF_ENDPOINT", silent.url)
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", silent.url)
-        began = time.monotonic()
         with pytest.raises(HubUnreachable, match=r"Hugging Face did not.*ModelScope did not"):
             fetch_snapshot("Qwen/Repo", probe_seconds=1.0)
-        assert time.monotonic() - began < 1.9
+    assert silent.most_open == 2  # both were waited for at the same time
 
 
 def test_offline_without_a_snapshot_is_explained(
