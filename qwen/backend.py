@@ -6,6 +6,7 @@ once. Knows no model library. Source of the shape: simonw/llm and httpx's transp
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 import time
@@ -150,9 +151,9 @@ class DeferredBackend:
         try:
             backend = self._load(self._report)
         except Exception as error:
-            self._set_status(
-                LoadStatus(stage="failed", step="Loading failed", error=_as_qwen_error(error))
-            )
+            # A copy: the traceback of the original keeps what was half loaded alive.
+            known = copy.copy(_as_qwen_error(error))
+            self._set_status(LoadStatus(stage="failed", step="Loading failed", error=known))
             return
         with self._lock:
             self._backend = backend
@@ -168,15 +169,21 @@ class DeferredBackend:
 
     def _set_status(self, status: LoadStatus) -> None:
         self._status = status
-        if self._on_status is not None:
+        if self._on_status is None:
+            return
+        try:
             self._on_status(self.status)
+        except Exception:
+            # A terminal that went away is no reason to give up loading.
+            logger.exception("Showing the progress failed; it is not shown any more")
+            self._on_status = None
 
     def _ready(self) -> ChatBackend:
         backend, status = self._backend, self._status
         if backend is not None:
             return backend
         if status.error is not None:
-            raise status.error
+            raise copy.copy(status.error)  # raised again and again, one object's traceback grows
         raise BackendNotReady("The model is still being loaded. Try again in a moment.")
 
     @property

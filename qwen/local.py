@@ -1,0 +1,288 @@
+"""`LocalBackend`: the `ChatBackend` on a model in this process. Prompt + engine + text stream.
+
+Knows how these rooms fit together and what a checkpoint says about itself; knows no web framework
+and does not touch tensors.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qwen.backend import BackendInfo, ReportProgress, ignore_progress
+from qwen.engine import Engine, EngineStep
+from qwen.errors import InvalidRequest, InvalidSetting
+from qwen.messages import (
+    ChatRequest,
+    ContextUsage,
+    FinishReason,
+    SamplingParams,
+    StreamEvent,
+    Timing,
+    Usage,
+    checked_number,
+)
+from qwen.prompt import ChatFormat, Prompt, PromptBuilder, TextTokenizer
+from qwen.text_stream import stream_until_stop, stream_utf8
+from qwen.tokenizer import build_chat_format, build_text_tokenizer
+
+#: Tokens that end a reply of a Qwen model, whatever its generation_config.json says: some released
+#: ones name only one of the two.
+_END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+
+#: What Transformers takes for a sampling value that a checkpoint leaves out.
+_TRANSFORMERS_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
+
+
+class LocalBackend:
+    """Answers chat requests on a model in this process. Every method may run on any thread.
+
+    Args:
+        engine: Runs the model.
+        tokenizer: Of the model's checkpoint.
+        chat_format: None for a base model.
+        info: What to say about the model; its `context_length` is the one that counts.
+        max_input_tokens: A smaller budget for prompts; older turns beyond it are dropped.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: TextTokenizer,
+        *,
+        chat_format: ChatFormat | None,
+        info: BackendInfo,
+        max_input_tokens: int | None = None,
+    ) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._info = info
+        self._prompts = PromptBuilder(
+            tokenizer,
+            chat_format=chat_format,
+            context_length=info.context_length,
+            max_input_tokens=max_input_tokens,
+        )
+
+    @property
+    def info(self) -> BackendInfo:
+        """See `ChatBackend.info`."""
+        return self._info
+
+    def stream(self, request: ChatRequest, cancel: threading.Event) -> Iterator[StreamEvent]:
+        """See `ChatBackend.stream`. Waiting for other requests counts towards the first token."""
+        return self._events(request, cancel, _Reply(asked=time.monotonic()))
+
+    def count_tokens(self, request: ChatRequest) -> ContextUsage:
+        """See `ChatBackend.count_tokens`. An empty last message is counted too."""
+        return self._build_prompt(request, allow_empty=True).usage
+
+    def close(self) -> None:
+        """See `ChatBackend.close`."""
+        self._engine.close()
+
+    def warm_up(self) -> None:
+        """Generate two tokens, so that the first user does not pay for what is set up lazily."""
+        prompt = self._prompts.build_raw("Hello", max_new_tokens=2)
+        params = SamplingParams(max_new_tokens=2)
+        for _ in self._engine.submit(prompt.ids, params, cancel=threading.Event()):
+            pass
+
+    def _events(
+        self, request: ChatRequest, cancel: threading.Event, reply: _Reply
+    ) -> Iterator[StreamEvent]:
+        prompt = self._build_prompt(request)
+        yield StreamEvent(context=prompt.usage)
+        steps = self._engine.submit(prompt.ids, request.params, cancel=cancel)
+        texts = stream_until_stop(stream_utf8(self._bytes(steps, reply)), request.params.stop)
+        try:
+            for text in texts:
+                yield StreamEvent(text=text, token_ids=reply.take_new_ids())
+        finally:
+            # After a stop string, an error or a client that left, the engine is still at work.
+            _close(steps)
+        yield StreamEvent(
+            finish_reason=reply.finish_reason,
+            usage=Usage(len(prompt.ids), reply.num_tokens),
+            timing=reply.timing(),
+        )
+
+    def _bytes(self, steps: Iterable[EngineStep], reply: _Reply) -> Iterator[bytes]:
+        """Yield the bytes of every token, and note tokens, times and the end in `reply`."""
+        for step in steps:
+            if step.token_id is None:
+                reply.finish_reason = step.finish_reason or "stop"
+                return
+            reply.add(step.token_id)
+            hidden = step.token_id in self._tokenizer.hidden_ids
+            yield b"" if hidden else self._tokenizer.token_bytes(step.token_id)
+
+    def _build_prompt(self, request: ChatRequest, *, allow_empty: bool = False) -> Prompt:
+        max_new_tokens = request.params.max_new_tokens
+        if request.raw_prompt is not None:
+            if request.messages:
+                raise InvalidRequest("Send either messages or a raw prompt, not both.")
+            return self._prompts.build_raw(
+                request.raw_prompt + request.reply_prefix,
+                max_new_tokens=max_new_tokens,
+                allow_empty=allow_empty,
+            )
+        if not self._info.is_chat:
+            raise InvalidRequest(
+                f"{self._info.name} is a base model without a chat template. Send raw text to "
+                "complete, or start the server with a chat model."
+            )
+        return self._prompts.build_chat(
+            request.messages,
+            max_new_tokens=max_new_tokens,
+            reply_prefix=request.reply_prefix,
+            allow_empty=allow_empty,
+        )
+
+
+@dataclass
+class _Reply:
+    """What is known of a running reply; times are seconds of the monotonic clock.
+
+    The finish reason stands until the engine gives another: an engine that is not asked for more
+    was stopped by a stop string.
+    """
+
+    asked: float
+    finish_reason: FinishReason = "stop"
+    num_tokens: int = 0
+    first: float = 0.0
+    last: float = 0.0
+    _new_ids: list[int] = field(default_factory=list)
+
+    def add(self, token_id: int) -> None:
+        self.last = time.monotonic()
+        self.first = self.first or self.last
+        self.num_tokens += 1
+        self._new_ids.append(token_id)
+
+    def take_new_ids(self) -> tuple[int, ...]:
+        """Return the tokens added since the last call."""
+        ids, self._new_ids = tuple(self._new_ids), []
+        return ids
+
+    def timing(self) -> Timing:
+        """Return the times; without a token, the time until the end counts as that to the first."""
+        seconds = self.last - self.first
+        return Timing(
+            time_to_first_token=(self.first or time.monotonic()) - self.asked,
+            tokens_per_second=(self.num_tokens - 1) / seconds if seconds > 0 else 0.0,
+        )
+
+
+def _close(steps: Iterator[EngineStep]) -> None:
+    close = getattr(steps, "close", None)
+    if close is not None:
+        close()
+
+
+def load_backend(
+    checkpoint: str,
+    *,
+    device: Literal["auto", "cpu"] = "auto",
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+    max_input_tokens: int | None = None,
+    report: ReportProgress = ignore_progress,
+) -> LocalBackend:
+    """Load a checkpoint and build the backend on it.
+
+    Args:
+        checkpoint: "auto", a folder, a file or a hub name; see `qwen.checkpoint`.
+        device: "auto" takes a GPU where there is one.
+        dtype: "auto" leaves the choice to the device.
+        max_input_tokens: See `LocalBackend`.
+        report: Called with what is being done.
+
+    Raises:
+        CheckpointError: The weights cannot be had or read.
+        OutOfMemory: They do not fit.
+    """
+    from qwen.loading import load_model
+
+    loaded = load_model(checkpoint, device=device, dtype=dtype, report=report)
+    backend = build_backend(
+        loaded.model,
+        loaded.tokenizer,
+        name=loaded.name,
+        notices=tuple(loaded.notices),
+        max_input_tokens=max_input_tokens,
+    )
+    report("Warming up")
+    backend.warm_up()
+    return backend
+
+
+def build_backend(
+    model: Any,
+    tokenizer: Any,
+    *,
+    name: str,
+    notices: tuple[str, ...] = (),
+    max_input_tokens: int | None = None,
+) -> LocalBackend:
+    """Build the backend on a model and a tokenizer of Transformers.
+
+    Raises:
+        CheckpointUnsupported: The tokenizer is of a kind that cannot be made safe.
+    """
+    texts = build_text_tokenizer(tokenizer)
+    chat_format = build_chat_format(tokenizer)
+    context_length = read_context_length(model.config)
+    info = BackendInfo(
+        name=name,
+        context_length=context_length,
+        is_chat=chat_format is not None,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        default_params=read_default_params(model.generation_config, context_length),
+        notices=notices,
+    )
+    engine = Engine(
+        model,
+        eos_token_ids=read_end_tokens(model.generation_config, tokenizer, texts),
+        context_length=context_length,
+    )
+    return LocalBackend(
+        engine, texts, chat_format=chat_format, info=info, max_input_tokens=max_input_tokens
+    )
+
+
+def read_context_length(config: Any) -> int:
+    """Return the tokens that a model can attend to, from its config."""
+    return int(config.get_text_config().max_position_embeddings)
+
+
+def read_end_tokens(generation_config: Any, tokenizer: Any, texts: TextTokenizer) -> frozenset[int]:
+    """Collect the ids that end a reply: of the generation config, the tokenizer and ChatML."""
+    named = generation_config.eos_token_id
+    ids = {*(named if isinstance(named, list | tuple) else [named]), tokenizer.eos_token_id}
+    ids |= {texts.control_ids.get(text) for text in _END_TOKENS}
+    return frozenset(int(token_id) for token_id in ids if token_id is not None)
+
+
+def read_default_params(generation_config: Any, context_length: int) -> SamplingParams:
+    """Return a checkpoint's own sampling settings, or ours where it has none.
+
+    Values outside our ranges are left out. A checkpoint that states some has Transformers'
+    defaults for the others, and one that says it does not sample gets temperature 0.
+    """
+    stated = {k: v for k, v in generation_config.to_diff_dict().items() if v is not None}
+    values: dict[str, Any] = {"max_new_tokens": max(min(1024, context_length // 4), 1)}
+    if stated.get("do_sample") is False:
+        values |= _TRANSFORMERS_DEFAULTS | {"temperature": 0.0, "top_k": 0}
+    elif not stated.keys().isdisjoint(_TRANSFORMERS_DEFAULTS):
+        values |= _TRANSFORMERS_DEFAULTS
+        for key in _TRANSFORMERS_DEFAULTS.keys() & stated.keys():
+            try:
+                values[key] = checked_number(key, stated[key])
+            except InvalidSetting:
+                continue
+    return SamplingParams(**values)

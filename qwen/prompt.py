@@ -1,0 +1,447 @@
+"""From a conversation to token ids: segments, ChatML, truncation to a token budget.
+
+A prompt is a list of segments, and only control segments may yield control ids (`<|im_start|>` and
+the like): what a user pastes stays text. Knows no model library; a tokenizer and a chat format are
+handed in. Source of ChatML: Qwen's tokenization note; the ids of Qwen v1's `make_context`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, get_args
+
+from qwen.errors import (
+    EmptyMessage,
+    InvalidConversation,
+    MessageTooLong,
+    PromptTooLong,
+)
+from qwen.messages import ContextUsage, Message, Role
+
+#: Text with more characters a token than this is refused or dropped before it is tokenized.
+#: English and code have 3 to 5; only long runs of one character come near 16.
+MAX_CHARACTERS_PER_TOKEN = 16
+
+#: Tokens that a message without any history must leave for its reply.
+MIN_REPLY_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of a prompt.
+
+    Attributes:
+        is_control: Only in control segments the texts of control tokens become their ids.
+        message: Index of the message whose content this is; None for what a format adds.
+    """
+
+    text: str
+    is_control: bool
+    message: int | None = None
+
+
+class TextTokenizer(Protocol):
+    """What prompts and replies need of a tokenizer. All methods may be called from any thread."""
+
+    @property
+    def control_ids(self) -> Mapping[str, int]:
+        """Text and id of every token that plain text must never yield."""
+        ...
+
+    @property
+    def hidden_ids(self) -> frozenset[int]:
+        """Ids that are not shown when a model puts them into a reply."""
+        ...
+
+    def encode_text(self, text: str) -> list[int]:
+        """Encode plain text; never yields one of `control_ids` and adds nothing."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of a token; `b""` for an id without one."""
+        ...
+
+
+class ChatFormat(Protocol):
+    """How a model was taught to see a conversation."""
+
+    @property
+    def joins_text(self) -> bool:
+        """Whether texts of neighbouring segments are encoded as one.
+
+        True as in Transformers' chat templates; False as in Qwen v1, where a message never
+        merges with the line break before it.
+        """
+        ...
+
+    def render_chat(self, messages: Sequence[Message]) -> list[Segment]:
+        """Render a conversation up to and with the opening of the assistant's reply.
+
+        Raises:
+            InvalidConversation: The format cannot express this sequence of roles.
+        """
+        ...
+
+
+class ChatMLFormat:
+    """ChatML as the Qwen models know it.
+
+    Args:
+        default_system: System text of conversations that have none; None leaves the block out.
+        joins_text: See `ChatFormat.joins_text`.
+    """
+
+    def __init__(self, *, default_system: str | None = None, joins_text: bool = True) -> None:
+        self._default_system = default_system
+        self._joins_text = joins_text
+
+    @property
+    def joins_text(self) -> bool:
+        """See `ChatFormat.joins_text`."""
+        return self._joins_text
+
+    def render_chat(self, messages: Sequence[Message]) -> list[Segment]:
+        """See `ChatFormat.render_chat`."""
+        segments = []
+        if self._default_system is not None and (not messages or messages[0].role != "system"):
+            segments += _chatml_block("system", Segment(self._default_system, is_control=True))
+        for index, message in enumerate(messages):
+            content = Segment(message.content, is_control=False, message=index)
+            segments += _chatml_block(message.role, content)
+        return [*segments, *_chatml_opening("assistant")]
+
+
+def _chatml_block(role: Role, content: Segment) -> list[Segment]:
+    end = [Segment("<|im_end|>", is_control=True), Segment("\n", is_control=True)]
+    return [*_chatml_opening(role), content, *end]
+
+
+def _chatml_opening(role: Role) -> list[Segment]:
+    # Two segments, since Qwen v1 encodes the role and the line break each on its own.
+    return [Segment(f"<|im_start|>{role}", is_control=True), Segment("\n", is_control=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids for a model, and how they fill its context."""
+
+    ids: tuple[int, ...]
+    usage: ContextUsage
+
+
+class PromptBuilder:
+    """Builds prompts that fit a context. Holds no state between calls, so threads may share it.
+
+    The prompt gets `context_length` less a reserve for the reply, which is `max_new_tokens` but at
+    most a quarter of the context, and never more than `max_input_tokens`. What does not fit
+    loses its oldest turns; a turn is a user's message with the replies to it.
+
+    Args:
+        tokenizer: Encodes the texts.
+        chat_format: None for a base model, which only completes raw text.
+        context_length: Tokens of prompt and reply together.
+        max_input_tokens: A smaller budget for the prompt.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        *,
+        chat_format: ChatFormat | None,
+        context_length: int,
+        max_input_tokens: int | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._format = chat_format
+        self._context_length = context_length
+        self._limit = min(context_length, max_input_tokens or context_length)
+        texts = sorted(tokenizer.control_ids, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
+
+    def build_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_new_tokens: int,
+        reply_prefix: str = "",
+        allow_empty: bool = False,
+    ) -> Prompt:
+        """Build the prompt of a conversation and drop the oldest turns that do not fit.
+
+        Args:
+            messages: An optional system message, then turns; the last one is the user's.
+            max_new_tokens: The longest reply that is wanted, in tokens.
+            reply_prefix: The beginning of the reply that is to be continued.
+            allow_empty: Accept an empty last message (to count tokens while a user types).
+
+        Raises:
+            EmptyMessage: The last message has no text.
+            InvalidConversation: Unknown roles, or roles out of order.
+            MessageTooLong: Refused by its size, without tokenizing it.
+            PromptTooLong: System text and last message alone are over the budget.
+        """
+        assert self._format is not None, "a base model has no chat format"
+        check_conversation(messages)
+        if not allow_empty and not messages[-1].content.strip():
+            raise EmptyMessage("The message is empty. Write something first.")
+        chat_format = self._format
+
+        def lay_out(kept: Sequence[Message]) -> _Layout:
+            segments = chat_format.render_chat(kept)
+            segments.append(Segment(reply_prefix, is_control=False))
+            return _lay_out(segments, len(kept), self._control_tokens, joins=chat_format.joins_text)
+
+        limits = self._limits(max_new_tokens)
+        limits.check_size("The message", messages[-1].content + reply_prefix)
+        return _ChatFitter(self._tokenizer, lay_out, limits, messages).fit()
+
+    def build_raw(self, text: str, *, max_new_tokens: int, allow_empty: bool = False) -> Prompt:
+        """Build a prompt of plain text without any template.
+
+        Raises:
+            EmptyMessage: There is no text.
+            MessageTooLong: Refused by its size, without tokenizing it.
+            PromptTooLong: The text is over the budget.
+        """
+        if not allow_empty and not text.strip():
+            raise EmptyMessage("The text to complete is empty. Write something first.")
+        limits = self._limits(max_new_tokens)
+        limits.check_size("The text", text)
+        ids = self._tokenizer.encode_text(text)
+        limits.check_tokens(0, len(ids))
+        usage = ContextUsage(system=0, history=0, query=len(ids), limit=self._limit)
+        return Prompt(tuple(ids), usage)
+
+    def _limits(self, max_new_tokens: int) -> _Limits:
+        reserve = max(min(max_new_tokens, self._context_length // 4), 1)
+        least_reply = min(reserve, MIN_REPLY_TOKENS)
+        return _Limits(
+            limit=self._limit,
+            with_history=min(self._limit, self._context_length - reserve),
+            alone=min(self._limit, self._context_length - least_reply),
+        )
+
+    def _control_tokens(self, text: str) -> Iterator[tuple[str, int | None]]:
+        """Split a control text into pairs of a text and the control id that follows it."""
+        end = 0
+        for match in self._control.finditer(text):
+            yield text[end : match.start()], self._tokenizer.control_ids[match.group()]
+            end = match.end()
+        yield text[end:], None
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """Budgets in tokens: as shown, for a prompt with history, and for one without."""
+
+    limit: int
+    with_history: int
+    alone: int
+
+    def check_size(self, what: str, text: str) -> None:
+        """Raise `MessageTooLong` for a text that cannot fit, without tokenizing it."""
+        if len(text) > self.limit * MAX_CHARACTERS_PER_TOKEN:
+            raise MessageTooLong(
+                f"{what} has {len(text):,} characters, which cannot fit: the limit is "
+                f"{self.limit:,} tokens, and a token is 3 to 5 characters of English or about one "
+                "Chinese or Japanese character. Shorten it or send it in parts."
+            )
+
+    def check_tokens(self, system: int, query: int) -> None:
+        """Raise `PromptTooLong` when there is no room even without any history."""
+        if system + query <= self.alone:
+            return
+        parts = f"the message needs {query:,} tokens"
+        if system:
+            parts = f"the system prompt needs {system:,} tokens and the message {query:,}"
+        raise PromptTooLong(
+            f"The prompt is too long: {parts}, but at most {self.alone:,} fit, even with all "
+            "earlier turns left out. Shorten the message or the system prompt."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """A rendered conversation, split at its control tokens but not yet encoded.
+
+    Attributes:
+        items: Ids of control tokens and the texts between them.
+        starts: For each message the item at which its block begins: the last control token
+            before its content.
+    """
+
+    items: list[int | str]
+    starts: list[int]
+
+
+def _lay_out(
+    segments: Sequence[Segment],
+    num_messages: int,
+    control_tokens: Callable[[str], Iterable[tuple[str, int | None]]],
+    *,
+    joins: bool,
+) -> _Layout:
+    items: list[int | str] = []
+    starts: dict[int, int] = {}
+    block = 0
+
+    def add_text(text: str) -> None:
+        if joins and items and isinstance(items[-1], str):
+            items[-1] += text
+        elif text:
+            items.append(text)
+
+    for segment in segments:
+        if segment.message is not None:
+            starts.setdefault(segment.message, block)
+        if not segment.is_control:
+            add_text(segment.text)
+            continue
+        for text, control_id in control_tokens(segment.text):
+            add_text(text)
+            if control_id is not None:
+                block = len(items)
+                items.append(control_id)
+    # A message that the format left out takes no room: its block is where the next one begins.
+    next_start = len(items)
+    for index in reversed(range(num_messages)):
+        next_start = starts.setdefault(index, next_start)
+    return _Layout(items, [starts[index] for index in range(num_messages)])
+
+
+class _ChatFitter:
+    """One request's search for the turns that fit.
+
+    Every text is encoded once, and from the newest on only until the budget is spent, so that
+    the cost is bounded by the budget and not by the history.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        lay_out: Callable[[Sequence[Message]], _Layout],
+        limits: _Limits,
+        messages: Sequence[Message],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._lay_out_messages = lay_out
+        self._limits = limits
+        self._system = [message for message in messages[:1] if message.role == "system"]
+        self._turns = split_turns(messages[len(self._system) :])
+        self._layouts: dict[int, _Layout] = {}
+        self._encoded: dict[str, list[int]] = {}
+
+    def fit(self) -> Prompt:
+        for message in self._system:
+            self._limits.check_size("The system prompt", message.content)
+        first = self._first_turn_by_size()
+        first += self._turns_over_budget(first)
+        while True:
+            prompt = self._assemble(first)
+            # One pass, unless a format's blocks depend on each other so that the sum was off.
+            if first == len(self._turns) - 1 or len(prompt.ids) <= self._limits.with_history:
+                return prompt
+            first += 1
+
+    def _first_turn_by_size(self) -> int:
+        """Return the first turn worth tokenizing, judged by characters alone."""
+        room = self._limits.with_history * MAX_CHARACTERS_PER_TOKEN
+        first = len(self._turns) - 1
+        for turn in reversed(self._turns[:-1]):
+            room -= sum(len(message.content) for message in turn)
+            if room < 0:
+                break
+            first -= 1
+        return first
+
+    def _turns_over_budget(self, first: int) -> int:
+        """Count the oldest of the turns from `first` on that do not fit."""
+        layout = self._lay_out(first)
+        starts = self._turn_starts(layout, first)
+        system = self._count(layout.items[: starts[0]])
+        query = self._count(layout.items[starts[-1] :])
+        self._limits.check_tokens(system, query)
+        left = self._limits.with_history - system - query
+        for turn in reversed(range(len(starts) - 1)):
+            items = layout.items[starts[turn] : starts[turn + 1]]
+            characters = sum(len(item) for item in items if isinstance(item, str))
+            if characters > left * MAX_CHARACTERS_PER_TOKEN:
+                return turn + 1
+            left -= self._count(items)
+            if left < 0:
+                return turn + 1
+        return 0
+
+    def _assemble(self, first: int) -> Prompt:
+        layout = self._lay_out(first)
+        starts = self._turn_starts(layout, first)
+        ids = [token_id for item in layout.items for token_id in self._ids(item)]
+        system = self._count(layout.items[: starts[0]])
+        query = self._count(layout.items[starts[-1] :])
+        usage = ContextUsage(
+            system=system,
+            history=len(ids) - system - query,
+            query=query,
+            limit=self._limits.limit,
+            dropped=tuple(message for turn in self._turns[:first] for message in turn),
+        )
+        return Prompt(tuple(ids), usage)
+
+    def _lay_out(self, first: int) -> _Layout:
+        if first not in self._layouts:
+            kept = [message for turn in self._turns[first:] for message in turn]
+            self._layouts[first] = self._lay_out_messages([*self._system, *kept])
+        return self._layouts[first]
+
+    def _turn_starts(self, layout: _Layout, first: int) -> list[int]:
+        """Return the item at which each turn from `first` on begins."""
+        starts = []
+        index = len(self._system)
+        for turn in self._turns[first:]:
+            starts.append(layout.starts[index])
+            index += len(turn)
+        return starts
+
+    def _count(self, items: Sequence[int | str]) -> int:
+        return sum(len(self._ids(item)) for item in items)
+
+    def _ids(self, item: int | str) -> list[int]:
+        if isinstance(item, int):
+            return [item]
+        if item not in self._encoded:
+            self._encoded[item] = self._tokenizer.encode_text(item)
+        return self._encoded[item]
+
+
+def split_turns(messages: Sequence[Message]) -> list[list[Message]]:
+    """Group messages into turns: a user's message and the replies to it."""
+    turns: list[list[Message]] = []
+    for message in messages:
+        if message.role == "user" or not turns:
+            turns.append([])
+        turns[-1].append(message)
+    return turns
+
+
+def check_conversation(messages: Sequence[Message]) -> None:
+    """Check types, roles and their order.
+
+    Raises:
+        InvalidConversation: There is no message, a role is unknown, a system message is not the
+            first, a content is no text, or the last message is not the user's.
+    """
+    if not messages:
+        raise InvalidConversation("The conversation has no messages. Send at least one.")
+    for index, message in enumerate(messages):
+        if message.role not in get_args(Role):
+            raise InvalidConversation(
+                f"Message {index + 1} has an unknown role. Use system, user or assistant."
+            )
+        if not isinstance(message.content, str):
+            raise InvalidConversation(f"The content of message {index + 1} is not text.")
+        if message.role == "system" and index > 0:
+            raise InvalidConversation("Only the first message may be a system message.")
+    if messages[-1].role != "user":
+        raise InvalidConversation("The last message must be the user's.")

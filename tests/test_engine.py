@@ -1,0 +1,453 @@
+import gc
+import logging
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+import transformers
+from tiny_model import build_tiny_model
+
+from qwen import engine as engine_module
+from qwen.engine import Engine, EngineStep, FairLock
+from qwen.errors import (
+    BackendFailed,
+    BackendNotReady,
+    InvalidRequest,
+    OutOfMemory,
+    PromptTooLong,
+)
+from qwen.messages import SamplingParams
+
+PROMPT = [5, 6, 7, 8]
+
+
+def params(**values):
+    return SamplingParams(**({"temperature": 0.0, "repetition_penalty": 1.0} | values))
+
+
+def never():
+    return threading.Event()
+
+
+class CountingModel:
+    """A model that counts its forwards and can be told what to do at one of them."""
+
+    def __init__(self, model=None, before=None):
+        self.model = model or build_tiny_model()
+        self.before = before or (lambda forward: None)
+        self.forwards = 0
+        self.config, self.device = self.model.config, self.model.device
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def __call__(self, input_ids, **options):
+        self.forwards += 1
+        self.before(self.forwards)
+        return self.model(input_ids, **options)
+
+
+def build(model=None, *, eos=(), context_length=512):
+    return Engine(model or CountingModel(), eos_token_ids=eos, context_length=context_length)
+
+
+def reply(engine, prompt=PROMPT, cancel=None, **values):
+    """Return the tokens of a whole reply and its finish reason."""
+    steps = list(engine.submit(prompt, params(**values), cancel=cancel or never()))
+    assert all((s.token_id is None) != (s.finish_reason is None) for s in steps)
+    assert [s.finish_reason is None for s in steps] == [True] * (len(steps) - 1) + [False]
+    return [s.token_id for s in steps[:-1]], steps[-1].finish_reason
+
+
+def greedy_by_full_forwards(model, prompt, steps):
+    ids = list(prompt)
+    with torch.inference_mode():
+        for _ in range(steps):
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_kv_cache_matches_full_forward():
+    model = build_tiny_model()
+    tokens, reason = reply(build(model), max_new_tokens=24)
+    assert tokens == greedy_by_full_forwards(model, PROMPT, 24)
+    assert reason == "length"
+
+
+@pytest.mark.parametrize("length", [1, 6, 7, 8, 14, 50])
+def test_prompt_read_in_chunks_gives_the_same_tokens(monkeypatch, length):
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 7)
+    model = CountingModel()
+    prompt = list(range(10, 10 + length))
+    tokens, _ = reply(build(model), prompt, max_new_tokens=5)
+    assert tokens == greedy_by_full_forwards(model.model, prompt, 5)
+    assert model.forwards == -(-length // 7) + 4
+
+
+def test_greedy_equals_generate_of_transformers():
+    model = build_tiny_model()
+    settings = {"max_new_tokens": 20, "repetition_penalty": 1.3}
+    expected = model.generate(torch.tensor([PROMPT]), do_sample=False, pad_token_id=0, **settings)[
+        0, len(PROMPT) :
+    ]
+    assert reply(build(model), **settings)[0] == expected.tolist()
+
+
+def test_end_token_stops_the_reply_and_is_not_part_of_it():
+    tokens, _ = reply(build(), max_new_tokens=10)
+    place = next(i for i in range(10) if tokens[i] not in tokens[:i] and i >= 1)
+    assert reply(build(eos=[tokens[place]]), max_new_tokens=10) == (tokens[:place], "stop")
+
+
+def test_end_token_as_the_very_last_one_still_means_stop():
+    tokens, _ = reply(build(), max_new_tokens=1)
+    assert reply(build(eos=tokens), max_new_tokens=1) == ([], "stop")
+
+
+def test_reply_ends_where_the_context_is_full():
+    tokens, reason = reply(build(context_length=len(PROMPT) + 3), max_new_tokens=99)
+    assert (len(tokens), reason) == (3, "length")
+
+
+def test_same_seed_gives_the_same_reply():
+    sampling = {"temperature": 1.5, "top_p": 1.0, "top_k": 0, "max_new_tokens": 20}
+    first, other, again = (reply(build(), seed=s, **sampling)[0] for s in (1, 2, 1))
+    assert first == again != other
+
+
+def test_cancel_between_two_tokens_runs_no_further_forward():
+    model, cancel = CountingModel(), never()
+    steps = build(model).submit(PROMPT, params(), cancel=cancel)
+    for _ in range(3):
+        next(steps)
+    forwards = model.forwards
+    cancel.set()
+    assert list(steps) == [EngineStep(finish_reason="cancelled")]
+    assert model.forwards == forwards == 3
+
+
+def test_cancel_during_a_forward_gives_no_further_token():
+    cancel = never()
+    model = CountingModel(before=lambda forward: cancel.set() if forward == 3 else None)
+    tokens, reason = reply(build(model), cancel=cancel)
+    assert (len(tokens), reason, model.forwards) == (2, "cancelled", 3)
+
+
+def test_cancel_is_seen_between_two_chunks_of_the_prompt(monkeypatch):
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 4)
+    cancel = never()
+    model = CountingModel(before=lambda forward: cancel.set() if forward == 2 else None)
+    assert reply(build(model), list(range(40)), cancel) == ([], "cancelled")
+    assert model.forwards == 2
+
+
+def test_cancel_before_the_first_step_runs_nothing():
+    model, cancel = CountingModel(), never()
+    cancel.set()
+    assert reply(build(model), cancel=cancel) == ([], "cancelled")
+    assert model.forwards == 0
+
+
+@contextmanager
+def running(engine):
+    """A request in the middle of its reply."""
+    steps = engine.submit(PROMPT, params(max_new_tokens=400), cancel=never())
+    next(steps)
+    yield steps
+    steps.close()
+
+
+def waiting_thread(engine, done, **options):
+    def work():
+        done.append(reply(engine, max_new_tokens=1, **options))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def wait_until_queued(engine, count):
+    deadline = time.monotonic() + 10
+    while len(engine._turns._queue) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_second_request_waits_for_the_first():
+    engine, done = build(), []
+    with running(engine):
+        thread = waiting_thread(engine, done)
+        wait_until_queued(engine, 2)
+        thread.join(0.1)
+        assert not done
+    thread.join(10)
+    assert len(done) == 1
+
+
+def test_finished_iterator_that_is_kept_does_not_hold_the_turn():
+    engine = build()
+    kept = engine.submit(PROMPT, params(max_new_tokens=1), cancel=never())
+    assert [next(kept).finish_reason, next(kept).finish_reason] == [None, "length"]
+    assert reply(engine, max_new_tokens=1)[1] == "length"
+
+
+def test_closing_the_iterator_from_another_thread_frees_the_turn():
+    engine = build()
+    with running(engine) as steps, ThreadPoolExecutor(1) as pool:
+        pool.submit(steps.close).result(10)
+        assert reply(engine, max_new_tokens=2)[1] == "length"
+
+
+def test_dropping_the_iterator_frees_the_turn():
+    engine = build()
+    steps = engine.submit(PROMPT, params(), cancel=never())
+    next(steps)
+    del steps
+    gc.collect()
+    assert reply(engine, max_new_tokens=2)[1] == "length"
+
+
+def test_iterator_that_is_never_started_holds_nothing():
+    engine = build()
+    kept = engine.submit(PROMPT, params(), cancel=never())
+    assert reply(engine, max_new_tokens=2)[1] == "length"
+    kept.close()
+    assert not engine._turns._queue
+
+
+@pytest.fixture
+def caches(monkeypatch):
+    """Weak references to every cache that is made."""
+    made = []
+
+    class Watched(transformers.DynamicCache):
+        def __init__(self, **options):
+            super().__init__(**options)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(transformers, "DynamicCache", Watched)
+    return made
+
+
+def test_closing_frees_the_cache(caches):
+    with running(build()) as steps:
+        assert caches[0]() is not None
+        steps.close()
+        assert caches[0]() is None
+
+
+def test_finished_iterator_that_is_kept_does_not_hold_the_cache(caches):
+    kept = build().submit(PROMPT, params(max_new_tokens=1), cancel=never())
+    assert [next(kept).finish_reason, next(kept).finish_reason] == [None, "length"]
+    assert caches[0]() is None
+
+
+def test_error_that_is_kept_does_not_hold_the_cache(caches):
+    def fail(count):
+        if count == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(OutOfMemory) as caught:
+        reply(build(CountingModel(before=fail)))
+    assert caught.value.__traceback__ is not None
+    assert caches[0]() is None
+
+
+def test_requests_are_served_in_the_order_they_came():
+    served, done, threads = [], [], []
+    model = CountingModel(before=lambda _: served.append(threading.current_thread()))
+    engine = build(model)
+    with running(engine):
+        for place in range(6):
+            threads.append(waiting_thread(engine, done))
+            wait_until_queued(engine, place + 2)
+        served.clear()
+    for thread in threads:
+        thread.join(10)
+    assert served == threads
+
+
+def test_lock_is_granted_in_the_order_of_asking():
+    lock, order, threads = FairLock(), [], []
+
+    def work(place):
+        with lock.turn(give_up=lambda: False) as mine:
+            order.append((place, mine))
+
+    with lock.turn(give_up=lambda: False):
+        for place in range(8):
+            threads.append(threading.Thread(target=work, args=(place,)))
+            threads[-1].start()
+            while len(lock._queue) < place + 2:
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join(10)
+    assert order == [(place, True) for place in range(8)]
+
+
+def test_cancelled_request_leaves_the_queue_while_another_runs():
+    engine, done, cancel = build(), [], never()
+    with running(engine):
+        thread = waiting_thread(engine, done, cancel=cancel)
+        wait_until_queued(engine, 2)
+        cancel.set()
+        thread.join(10)
+        assert done == [([], "cancelled")]
+        assert len(engine._turns._queue) == 1
+
+
+def test_cancelling_one_that_waits_lets_those_behind_it_through():
+    engine, done, cancel = build(), [], never()
+    with running(engine):
+        first = waiting_thread(engine, done, cancel=cancel)
+        wait_until_queued(engine, 2)
+        second = waiting_thread(engine, done)
+        wait_until_queued(engine, 3)
+        cancel.set()
+        first.join(10)
+    second.join(10)
+    assert [reason for _, reason in done] == ["cancelled", "length"]
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("could not create a primitive"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=repr)
+@pytest.mark.parametrize("forward", [1, 4])
+def test_out_of_memory_is_named_and_the_next_request_works(error, forward):
+    def fail(count):
+        if count == forward:
+            raise error
+
+    model = CountingModel(before=fail)
+    engine = build(model)
+    steps = engine.submit(PROMPT, params(), cancel=never())
+    tokens = []
+    with pytest.raises(OutOfMemory, match="smaller model"):
+        tokens.extend(iter(steps))
+    del steps
+    expected, _ = reply(build(model.model), max_new_tokens=8)
+    assert reply(engine, max_new_tokens=8) == (expected, "length")
+
+
+def test_error_that_is_kept_holds_no_memory_of_the_failed_forward():
+    class Activation:
+        pass
+
+    held = []
+
+    def fail(count):
+        activation = Activation()
+        held.append(weakref.ref(activation))
+        if count == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(OutOfMemory) as caught:
+        reply(build(CountingModel(before=fail)))
+    assert caught.value.__context__ is None
+    assert held[-1]() is None
+
+
+def test_unexpected_fault_is_logged_and_named_and_the_next_request_works(caplog):
+    def fail(count):
+        if count == 2:
+            raise RuntimeError("shape mismatch")
+
+    engine = build(CountingModel(before=fail))
+    with caplog.at_level(logging.ERROR), pytest.raises(BackendFailed, match="log has the details"):
+        reply(engine)
+    assert "shape mismatch" in caplog.text and "Traceback" in caplog.text
+    assert reply(engine, max_new_tokens=2)[1] == "length"
+
+
+def test_numbers_that_are_none_fail_the_request_only():
+    def spoil(count):
+        weight = model.model.model.norm.weight
+        weight.data.fill_(float("nan") if count == 2 else 1.0)
+
+    model = CountingModel(before=spoil)
+    engine = build(model)
+    with pytest.raises(BackendFailed, match="not numbers"):
+        reply(engine)
+    assert reply(engine, max_new_tokens=2)[1] == "length"
+
+
+@pytest.mark.parametrize("bad", [-1, 300, 2**40])
+def test_unknown_token_id_is_refused(bad):
+    with pytest.raises(InvalidRequest, match=r"does not know.*300"):
+        build().submit([1, bad], params(), cancel=never())
+
+
+def test_empty_prompt_is_refused():
+    with pytest.raises(InvalidRequest, match="empty"):
+        build().submit([], params(), cancel=never())
+
+
+def test_prompt_that_fills_the_context_is_refused():
+    with pytest.raises(PromptTooLong, match=r"4 tokens.*holds 4"):
+        build(context_length=4).submit(PROMPT, params(), cancel=never())
+
+
+def test_closing_the_engine_cancels_running_and_waiting_requests_and_refuses_new_ones():
+    engine, done = build(), []
+    with running(engine) as steps:
+        thread = waiting_thread(engine, done)
+        wait_until_queued(engine, 2)
+        engine.close()
+        thread.join(10)
+        assert done == [([], "cancelled")]
+        assert list(steps) == [EngineStep(finish_reason="cancelled")]
+    with pytest.raises(BackendNotReady, match="shutting down"):
+        engine.submit(PROMPT, params(), cancel=never())
+    engine.close()
+
+
+def test_closing_the_engine_lets_go_of_the_model():
+    model = CountingModel()
+    alive = weakref.ref(model)
+    engine = build(model)
+    del model
+    with running(engine) as steps:
+        engine.close()
+        assert alive() is not None
+        list(steps)
+        assert alive() is None
+
+
+def test_inference_mode_does_not_leak_to_the_caller():
+    with running(build()):
+        assert not torch.is_inference_mode_enabled()
+        assert torch.is_grad_enabled()
+
+
+def test_steps_may_be_taken_from_different_threads():
+    engine = build()
+    expected, _ = reply(engine, max_new_tokens=10)
+    steps = engine.submit(PROMPT, params(max_new_tokens=10), cancel=never())
+    tokens = []
+    for _ in range(10):
+        with ThreadPoolExecutor(1) as pool:
+            tokens.append(pool.submit(next, steps).result(10).token_id)
+    steps.close()
+    assert tokens == expected
+
+
+def test_two_threads_at_once_get_the_same_replies_as_alone():
+    engine = build()
+    jobs = [
+        ([seed + 1, seed + 2, seed + 3], {"seed": seed, "temperature": 1.2, "max_new_tokens": 12})
+        for seed in range(12)
+    ]
+    alone = [reply(engine, prompt, **values) for prompt, values in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda job: reply(engine, job[0], **job[1]), jobs))
+    assert together == alone

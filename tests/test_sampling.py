@@ -1,0 +1,168 @@
+import math
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from qwen.errors import BackendFailed
+from qwen.messages import SamplingParams
+from qwen.sampling import Sampler, candidates, penalize_seen
+
+VOCAB = 5000
+
+
+def random_logits(seed, *, vocab=VOCAB, scale=4.0, dtype=torch.float32):
+    return (torch.randn(vocab, generator=torch.manual_seed(seed)) * scale).to(dtype)
+
+
+def params(**values):
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+    return SamplingParams(**(neutral | values))
+
+
+def transformers_probabilities(logits, prompt, settings):
+    """What Transformers' processors make of logits, in its order."""
+    steps = LogitsProcessorList()
+    if settings.repetition_penalty != 1.0:
+        steps.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    if settings.temperature != 1.0:
+        steps.append(TemperatureLogitsWarper(settings.temperature))
+    if settings.top_k:
+        steps.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1.0:
+        steps.append(TopPLogitsWarper(settings.top_p))
+    return steps(prompt[None], logits[None].float().clone())[0].softmax(-1)
+
+
+def our_probabilities(logits, prompt, settings):
+    logits = logits.float()
+    if settings.repetition_penalty != 1.0:
+        logits = penalize_seen(logits, prompt.unique(), settings.repetition_penalty)
+    probabilities, ids = candidates(logits, settings)
+    return torch.zeros(len(logits)).index_copy(0, ids, probabilities)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("penalty", [1.0, 1.05, 0.8])
+@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.8, 0.01])
+@pytest.mark.parametrize("top_k", [0, 1, 20, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.05, 2.0])
+def test_probabilities_equal_those_of_transformers(temperature, top_k, top_p, penalty, dtype):
+    settings = params(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty)
+    for seed in range(3):
+        logits = random_logits(seed, dtype=dtype)
+        prompt = torch.randint(VOCAB, (300,), generator=torch.manual_seed(seed))
+        expected = transformers_probabilities(logits, prompt, settings)
+        ours = our_probabilities(logits, prompt, settings)
+        if dtype == torch.bfloat16 and top_p < 1.0:
+            # Among tied logits the one at the nucleus's edge is arbitrary in both.
+            expected, ours = expected.sort().values, ours.sort().values
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-3)
+
+
+def test_flat_logits_use_the_whole_vocabulary_under_top_p():
+    settings = params(top_p=0.95)
+    logits = random_logits(0, scale=0.01)
+    expected = transformers_probabilities(logits, torch.tensor([0]), settings)
+    kept = candidates(logits, settings)[1]
+    assert len(kept) > 1024
+    assert abs(len(kept) - int((expected > 0).sum())) <= 1
+
+
+def test_greedy_takes_the_likeliest_token():
+    logits = random_logits(3)
+    sampler = Sampler(params(temperature=0.0), torch.tensor([0]))
+    assert [sampler.choose(logits) for _ in range(3)] == [int(logits.argmax())] * 3
+
+
+def test_repetition_penalty_counts_the_prompt_and_the_reply():
+    logits = torch.tensor([2.0, 1.9, 1.8, -9.0])
+    sampler = Sampler(params(temperature=0.0, repetition_penalty=2.0), torch.tensor([0, 0]))
+    assert [sampler.choose(logits) for _ in range(2)] == [1, 2]
+
+
+def test_repetition_penalty_is_not_applied_twice_to_a_token():
+    logits = torch.tensor([8.0, 1.5])
+    sampler = Sampler(params(temperature=0.0, repetition_penalty=2.0), torch.tensor([0, 0, 0]))
+    assert [sampler.choose(logits) for _ in range(4)] == [0, 0, 0, 0]
+
+
+def test_choosing_does_not_change_the_logits():
+    logits = random_logits(1)
+    before = logits.clone()
+    sampler = Sampler(params(repetition_penalty=1.3, top_k=5), torch.arange(100))
+    sampler.choose(logits)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 50}, {"top_p": 0.9}])
+def test_same_seed_gives_the_same_tokens(settings):
+    def draws(seed):
+        sampler = Sampler(params(seed=seed, **settings), torch.tensor([0]))
+        return [sampler.choose(random_logits(9)) for _ in range(20)]
+
+    assert draws(5) == draws(5) != draws(6)
+
+
+def test_without_a_seed_draws_differ():
+    def draws():
+        sampler = Sampler(params(), torch.tensor([0]))
+        return [sampler.choose(random_logits(9, scale=0.1)) for _ in range(20)]
+
+    assert draws() != draws()
+
+
+def test_global_random_state_plays_no_part():
+    def draws():
+        sampler = Sampler(params(seed=1), torch.tensor([0]))
+        return [sampler.choose(random_logits(9)) for _ in range(5)]
+
+    first = draws()
+    state = torch.manual_seed(123).get_state()
+    assert draws() == first
+    torch.manual_seed(123)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_drawn_frequencies_follow_the_probabilities():
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+    sampler = Sampler(params(seed=0), torch.tensor([0]))
+    counts = torch.bincount(torch.tensor([sampler.choose(logits) for _ in range(4000)]))
+    assert counts.float().div(4000).tolist() == pytest.approx([0.5, 0.25, 0.125, 0.125], abs=0.03)
+
+
+def test_token_without_probability_is_never_drawn():
+    logits = torch.tensor([-math.inf, 1.0, -math.inf, 1.0, -math.inf])
+    sampler = Sampler(params(seed=0), torch.tensor([0]))
+    assert {sampler.choose(logits) for _ in range(200)} == {1, 3}
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-6])
+def test_tiny_temperature_is_greedy(temperature):
+    logits = random_logits(2)
+    sampler = Sampler(params(temperature=temperature), torch.tensor([0]))
+    assert sampler.choose(logits) == int(logits.argmax())
+
+
+def test_top_k_above_the_vocabulary_is_no_limit():
+    assert len(candidates(torch.randn(10), params(top_k=1000))[1]) == 10
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers_are_an_error(bad, temperature):
+    logits = random_logits(0)
+    logits[7] = bad
+    with pytest.raises(BackendFailed, match="not numbers"):
+        Sampler(params(temperature=temperature), torch.tensor([0])).choose(logits)
+
+
+def test_all_logits_minus_infinity_are_an_error():
+    with pytest.raises(BackendFailed):
+        Sampler(params(), torch.tensor([0])).choose(torch.full((9,), -math.inf))
