@@ -34,6 +34,16 @@ CHROMIUM_FLAGS = [
 CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshots", type=Path, help="folder for the README's photographs")
+
+
+@pytest.fixture
+def screenshots(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Where photographs of the page go."""
+    return request.config.getoption("--screenshots") or tmp_path
+
+
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
     """A real Chromium: the machine's own, else the one that Playwright installed."""

@@ -6,6 +6,7 @@ Everything that comes from a client is checked here before it becomes a request.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from qwen.errors import InvalidSetting, QwenError
@@ -35,17 +36,19 @@ def control_values(system_prompt: str, params: SamplingParams) -> Controls:
 
 def restored_controls(stored: object, defaults: Controls) -> Controls:
     """Read the settings that a browser stored; what is missing or wrong takes its default."""
-    controls = list(defaults)
-    if not isinstance(stored, Mapping):
-        return tuple(controls)
-    if isinstance(stored.get("system_prompt"), str):
-        controls[0] = stored["system_prompt"]
-    for place, name in enumerate(CONTROLS[1:], start=1):
-        try:
-            controls[place] = checked_number(name, stored[name])
-        except (KeyError, QwenError):
-            continue
-    return tuple(controls)
+    sound = _sound_settings(stored) if isinstance(stored, Mapping) else {}
+    return tuple(sound.get(name, old) for name, old in zip(CONTROLS, defaults, strict=True))
+
+
+def _sound_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those settings that a request could be made with."""
+    sound: dict[str, Any] = {}
+    if isinstance(settings.get("system_prompt"), str):
+        sound["system_prompt"] = settings["system_prompt"]
+    for name in CONTROLS[1:]:
+        with suppress(KeyError, QwenError):
+            sound[name] = checked_number(name, settings[name])
+    return sound
 
 
 def system_messages(controls: Controls) -> tuple[Message, ...]:
@@ -69,8 +72,8 @@ def sampling_params(controls: Controls) -> SamplingParams:
 
 
 def stored_form(conversation: Conversation, controls: Controls) -> dict[str, Any]:
-    """Return what the browser keeps of a page."""
+    """Return what the browser keeps of a page; settings that are wrong are left out."""
     return {
         "conversation": to_json(conversation, max_characters=STORED_CHARACTERS),
-        "controls": dict(zip(CONTROLS, controls, strict=True)),
+        "controls": _sound_settings(dict(zip(CONTROLS, controls, strict=True))),
     }

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from html import escape
-from typing import Any
 
 from qwen.messages import Message
 from webapp.spans import Span, closing_fence, split_spans
@@ -38,11 +37,13 @@ _CROWDED = re.compile(
     r"(?m)^(?![ >]*(?:[-*+]|[0-9]+[.)])[ \t])([^|\n]*[^|\s][^|\n]*)\n"
     r"(?=[ ]{0,3}(?:[-*+]|1[.)])[ ]|[ ]{0,3}\|)"
 )
+# Escaped dollars, tags, images, and all brackets that are not those of a web or mail link.
 _INERT = re.compile(
-    r"\\\$|[$`]|\\(?=[()\[\]])|!(?=\[)|(?<=\])(?=:)|<(?!https?://[^\s<>]+>)(?=[A-Za-z/!?])"
+    r"\\\$|[$`]|\\(?=[()\[\]])|<(?!https?://[^\s<>]+>)(?=[A-Za-z/!?])"
+    r"|!?\[(?![^\[\]\n]*\]\(<?(?:https?://|mailto:))|!(?=\[)"
 )
 _QUOTE_PREFIX = re.compile(r"(?<=\n)[ \t]*(?:>[ \t]?)+")
-_OTHER_NUMBERING = re.compile(r"(?m)^([ >]*[0-9]{1,9})\)(?=[ ])")
+_LIST_MARKER = re.compile(r"(?:[-*+]|([0-9]{1,9})[.)])[ ]+(.*)")
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #d5d9e0; --soft: #f4f5f8; --faint: #667; }
@@ -181,7 +182,7 @@ def render_html(text: str) -> str:
     blocks: list[str] = []
     for span in split_spans(text):
         if span.kind == "text":
-            parts.append(_INERT.sub(_inert, span.text))
+            parts.append(span.text)
             continue
         place = f"{token}{len(blocks)}q"
         blocks.append(_block(span, formula))
@@ -191,16 +192,49 @@ def render_html(text: str) -> str:
             parts.append(f"{before}{span.fence.prefix}{place}\n\n")
         else:
             parts.append(place)
-    markdown = _OTHER_NUMBERING.sub(r"\1.", "".join(parts))
-    html = convert(_CROWDED.sub(r"\1\n\n", markdown))
+    try:
+        markdown = _realigned(_INERT.sub(_inert, "".join(parts)))
+        html = convert(_CROWDED.sub(r"\1\n\n", markdown))
+    except RecursionError:  # hundreds of nested quotes or lists
+        return f"<pre>{escape(text)}</pre>"
     found = re.compile(rf"<p>{token}(\d+)q</p>|{token}(\d+)q")
     return _sanitized(found.sub(lambda match: blocks[int(match[1] or match[2])], html))
 
 
+def _realigned(markdown: str) -> str:
+    """Indent lists by the four spaces that Python-Markdown wants; models use two or three."""
+    markers: list[int] = []  # the columns of the list markers that this line is under
+    lines: list[str] = []
+    after_blank = loose = False
+    for line in markdown.expandtabs(4).split("\n"):
+        text = line.lstrip(" ")
+        if not text:
+            after_blank = loose = True
+            lines.append("")
+            continue
+        column = len(line) - len(text)
+        marker = _LIST_MARKER.match(text)
+        depth = len(markers)
+        while markers and (marker or after_blank) and column < markers[-1] + 2:
+            markers.pop()
+        if loose and marker and len(markers) + 1 < depth:
+            lines.append("")  # else the item becomes a part of the deeper one
+        # Outside of a list nothing is code here: code has been taken out already.
+        lines.append(
+            " " * (4 * len(markers))
+            + (f"{marker[1]}. {marker[2]}" if marker and marker[1] else text)
+        )
+        if marker:
+            markers.append(column)
+        loose = loose and bool(markers)
+        after_blank = False
+    return "\n".join(lines)
+
+
 def _inert(found: re.Match[str]) -> str:
     """Write what Python-Markdown or mdtex2html would act upon as an entity."""
-    text = found[0][-1:]
-    return f"&#{ord(text)};" if text else "&#8203;"
+    text = found[0].removeprefix("\\") or found[0]
+    return "".join(f"&#{ord(character)};" for character in text)
 
 
 def _block(span: Span, formula: Callable[[str, bool], str]) -> str:
@@ -222,15 +256,7 @@ def _load_converters() -> tuple[Callable[[str], str], Callable[[str, bool], str]
         warnings.simplefilter("ignore")  # mdtex2html 1.3.2 has invalid escape sequences
         import mdtex2html
         from latex2mathml.converter import convert as to_mathml
-        from markdown.blockprocessors import build_block_parser
-        from markdown.extensions import Extension
         from markdown.extensions.tables import TableExtension
-
-    def use_reply_lists(md: Any) -> None:
-        # Models nest lists by two or three spaces; Python-Markdown wants four.
-        md.tab_length = 2
-        md.parser = build_block_parser(md)
-        md.parser.blockprocessors.deregister("code")
 
     def formula(body: str, display: bool) -> str:
         if "\n>" in body:
@@ -244,10 +270,8 @@ def _load_converters() -> tuple[Callable[[str], str], Callable[[str, bool], str]
             mathml,
         )
 
-    reply_lists = Extension()
-    reply_lists.extendMarkdown = use_reply_lists
     tables = TableExtension(use_align_attribute=True)
-    extensions = [reply_lists, "fenced_code", tables, "sane_lists", "nl2br"]
+    extensions = ["fenced_code", tables, "sane_lists", "nl2br"]
     return partial(mdtex2html.convert, extensions=extensions, splitParagraphs=False), formula
 
 

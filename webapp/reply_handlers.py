@@ -16,7 +16,7 @@ from typing import Any
 import gradio as gr
 
 from qwen.backend import DeferredBackend
-from qwen.errors import BackendNotReady, QwenError
+from qwen.errors import BackendNotReady, InvalidRequest, QwenError
 from qwen.messages import ChatRequest
 from webapp.controls import Controls, sampling_params, system_messages
 from webapp.conversation import Conversation
@@ -130,14 +130,15 @@ class ReplyHandlers:
             yield self._page.refused(session, str(error), box=typed)
         except Exception as error:
             message = self._message_for(session, error)
-            if accepted:
+            if accepted and not isinstance(error, InvalidRequest):
                 session.notice = message
                 yield self._page.whole(session, controls)
             else:
                 session.conversation = before
                 yield self._page.whole(session, controls, box=typed, notice=message)
         finally:
-            session.notice = ""
+            if not session.is_busy:  # else it belongs to the reply that goes on
+                session.notice = ""
 
     def _message_for(self, session: PageSession, error: Exception) -> str:
         if isinstance(error, QwenError):

@@ -6,6 +6,7 @@ three seconds.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -62,7 +63,9 @@ def serve(settings: Settings, backend: DeferredBackend) -> int:
         print("Stopping …", flush=True)
     finally:
         backend.close()
+        demo.server.force_exit = True  # every open page holds a connection; wait for none
         demo.close(verbose=False)
+        gc.freeze()  # or the last collection walks through all of torch's objects, for seconds
     return 0
 
 

@@ -35,7 +35,6 @@ _TABLE: dict[str, tuple[str, str, str]] = {
     ),
     "settings": ("Settings", "设置", "設定"),
     "system_prompt": ("System prompt", "系统提示词", "システムプロンプト"),
-    "sampling": ("Sampling", "采样", "サンプリング"),
     "temperature": ("Temperature", "温度", "温度"),
     "temperature_info": (
         "0 always takes the likeliest token; higher is more varied.",
@@ -176,19 +175,19 @@ _TABLE: dict[str, tuple[str, str, str]] = {
         "最早的 {count} 条消息放不下,将被略去:",
         "最も古い {count} 件は収まらないため省かれます:",
     ),
+    "other_tab": (
+        "A conversation was continued in another tab. Reload to see it; what you write here "
+        "replaces it in this browser's memory.",
+        "另一个标签页中继续了对话。刷新即可查看;在这里继续写会在本浏览器中取代它。",
+        "別のタブで会話が続けられました。再読み込みで表示されます。"
+        "ここで書くと、このブラウザの記録が置き換わります。",
+    ),
     "unexpected": (
         "Something unexpected went wrong; the server's log has the details. "
         "Your text is kept: try again.",
         "发生意外错误;详情见服务器日志。您的文字已保留,请重试。",
         "予期しない問題が起きました。詳細はサーバーのログにあります。入力は残っています。"
         "もう一度お試しください。",
-    ),
-    "other_tab": (
-        "This conversation was continued in another tab. Reload to see it here; what you write "
-        "here will replace it.",
-        "此对话已在另一个标签页中继续。刷新可在此查看;在这里继续写会替换它。",
-        "この会話は別のタブで続けられました。再読み込みすると表示されます。"
-        "ここで書くと置き換わります。",
     ),
 }
 

@@ -52,6 +52,9 @@ def launch_options() -> dict[str, Any]:
             primary_hue="indigo",
             font=["system-ui", "sans-serif"],
             font_mono=["ui-monospace", "monospace"],
+        ).set(  # white on indigo-500, the default, has too little contrast to read
+            button_primary_background_fill="*primary_600",
+            button_primary_background_fill_hover="*primary_700",
         ),
         "css": (FOLDER / "style.css").read_text("utf-8"),
         "head": f"<script>{script}</script>",
@@ -144,12 +147,16 @@ def _build_chat(c: Components, t: gr.I18n) -> None:
         c["previous"] = gr.Button("‹", size="sm", min_width=40, scale=0)
         c["version"] = gr.HTML(elem_id="version")
         c["next"] = gr.Button("›", size="sm", min_width=40, scale=0)
-        c["fork"] = gr.Dropdown(show_label=False, container=False, visible=False, min_width=160)
+        c["fork"] = gr.Dropdown(
+            label=t("fork_label"), show_label=False, container=False, visible=False, min_width=160
+        )
     c["notice"] = gr.HTML(elem_id="notice")
+    c["other_tab"] = gr.Markdown(t("other_tab"), elem_id="other-tab")
     with gr.Row(elem_id="compose"):
         c["box"] = gr.Textbox(
             lines=1,
             max_lines=10,
+            label=t("box_label"),
             show_label=False,
             container=False,
             placeholder=t("box_placeholder"),

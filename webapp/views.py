@@ -45,7 +45,9 @@ def chat_messages(
     if not notice and not growing and last is not None and last.role == "user":
         notice = words("no_reply_yet")
     if notice and last is not None and last.role == "assistant":
-        shown[-1] = _bubble("assistant", render_reply(last.content) + render_note(notice))
+        shown[-1] = _bubble(
+            "assistant", render_reply(last.content) + render_note(notice, after=last.content)
+        )
     elif notice and last is not None:
         shown.append(_bubble("assistant", render_note(notice)))
     return shown
@@ -60,8 +62,8 @@ def _note(node: Node, words: Words) -> str:
     if node.role == "user":
         return ""
     if node.note is None:
-        return render_note(words("interrupted"))
-    return render_note(note_text(node.note, words))
+        return render_note(words("interrupted"), after=node.content)
+    return render_note(note_text(node.note, words), after=node.content)
 
 
 def note_text(note: ReplyNote, words: Words) -> str:

@@ -1,0 +1,61 @@
+"""Photographs of the real page with the real model, for the README: `make screenshots`.
+
+Without `--screenshots FOLDER` they go to a temporary folder, so that the walk stays tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page
+
+from qwen.backend import DeferredBackend
+from qwen.local import LocalBackend
+
+pytestmark = [pytest.mark.browser, pytest.mark.integration]
+
+QUESTION = (
+    "Solve x^2 - 5x + 6 = 0 with the quadratic formula. Show the formula in LaTeX between $$, "
+    "then a short Python function that does it."
+)
+REPLY_MILLISECONDS = 240_000
+
+
+def ask(page: Page, url: str, question: str) -> None:
+    page.goto(url)
+    box = page.locator("#box textarea")
+    box.fill(question)
+    box.press("Enter")
+    page.locator("#chat small.note").last.wait_for(timeout=REPLY_MILLISECONDS)
+    page.locator("#send").wait_for(timeout=REPLY_MILLISECONDS)
+
+
+def test_reply_of_the_real_model_is_photographed_with_formula_and_code(
+    chromium: Browser,
+    embedded_backend: LocalBackend,
+    serve_page: Callable[..., str],
+    screenshots: Path,
+) -> None:
+    deferred = DeferredBackend(lambda report: embedded_backend)
+    deferred.close = lambda: None  # type: ignore[method-assign]  # other tests go on with it
+    deferred.start()
+    url = serve_page(deferred)
+    for name, width, height, scheme in (
+        ("chat", 1180, 900, "light"),
+        ("phone", 390, 844, "dark"),
+    ):
+        context = chromium.new_context(
+            viewport={"width": width, "height": height},
+            color_scheme=scheme,  # type: ignore[arg-type]
+        )
+        page = context.new_page()
+        ask(page, url, QUESTION if name == "chat" else "用三句话介绍一下杭州。")
+        if name == "chat":
+            assert page.locator("#chat .katex").count() >= 1
+            assert page.locator("#chat span.token").count() >= 3
+        page.locator("#chat .bubble-wrap").evaluate("e => e.scrollTo(0, 0)")
+        page.wait_for_timeout(500)
+        page.screenshot(path=screenshots / f"{name}.png")
+        context.close()

@@ -1,0 +1,69 @@
+// Small repairs to what Gradio 6.31 does in the browser. No framework, no network, no state.
+(() => {
+  "use strict";
+
+  // Mirror of restore_text in webapp/render.py: the same rules in the same order.
+  const withoutNote = (display) => {
+    const [text, note] = display.split('\n\n<small class="note">\u206f');
+    const line = Math.max(text.lastIndexOf("\n"), text.lastIndexOf("\r"));
+    if (/^\u206a/.test(note)) return text.slice(0, line);
+    return /^\u206b/.test(note) ? text.slice(0, line + 1) : text;
+  };
+  const restoreText = (display) =>
+    withoutNote(display)
+      .replace(/([\u206c\u206d\u206e])([\s\S]*?)\1/g, (all, mark, text) =>
+        text
+          .replace(/&#([0-9]{2,3});/g, (entity, code) => String.fromCharCode(Number(code)))
+          .replace(/%\u206a([> \t]*)\u206a\n/g, "$1"),
+      )
+      .replace(/(\u206a+)(\r\n|\r|\n)( +)/g, (all, marks, end, pad) => end + pad.slice(marks.length))
+      .replace(/(?:(?<![a-z])[a-z]+ |(?<! ) +|\n\u206b)\u206b/g, "")
+      .replace(/[\u206a-\u206f]/g, "");
+
+  // The copy buttons of a message and of a code block give the raw text.
+  if (navigator.clipboard) {
+    const writeText = navigator.clipboard.writeText.bind(navigator.clipboard);
+    navigator.clipboard.writeText = (text) => writeText(restoreText(String(text)));
+  }
+
+  // So does Ctrl+C, and the copy buttons where there is no clipboard API (plain HTTP): Gradio
+  // then selects a hidden textarea.
+  document.addEventListener("copy", (event) => {
+    const field = document.activeElement;
+    const inField = field && /^(textarea|input)$/i.test(field.tagName);
+    const text = inField
+      ? field.value.slice(field.selectionStart ?? 0, field.selectionEnd ?? 0)
+      : String(document.getSelection());
+    if (!/[\u206a-\u206f]/.test(text)) return;
+    event.clipboardData.setData("text/plain", restoreText(text));
+    event.preventDefault();
+  });
+
+  // A message that is edited in place is edited as its raw text.
+  document.addEventListener("focusin", (event) => {
+    const field = event.target;
+    if (!field.matches?.("textarea.edit-textarea") || !/[\u206a-\u206f]/.test(field.value)) return;
+    field.value = restoreText(field.value);
+    field.dispatchEvent(new Event("input", { bubbles: true }));
+  });
+
+  // Another tab of this browser has stored a conversation: the page says so (style.css).
+  window.addEventListener("storage", (event) => {
+    if (event.key === "qwen-chat") document.getElementById("other-tab")?.classList.add("shown");
+  });
+
+  // Gradio sends on Enter even when Enter only confirms a candidate of an input method. Safari
+  // tells so by key code 229 alone.
+  for (const type of ["keydown", "keypress"]) {
+    document.addEventListener(
+      type,
+      (event) => {
+        const composing = event.isComposing || event.keyCode === 229;
+        if (composing && event.key === "Enter" && event.target instanceof HTMLTextAreaElement) {
+          event.stopImmediatePropagation();
+        }
+      },
+      true,
+    );
+  }
+})();
