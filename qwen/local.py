@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from qwen.backend import BackendInfo, ReportProgress, ignore_progress
+from qwen.chat_format import ChatFormat, TextTokenizer
 from qwen.engine import Engine, EngineStep
 from qwen.errors import InvalidRequest, InvalidSetting
 from qwen.messages import (
@@ -25,7 +26,7 @@ from qwen.messages import (
     Usage,
     checked_number,
 )
-from qwen.prompt import ChatFormat, Prompt, PromptBuilder, TextTokenizer
+from qwen.prompt import Prompt, PromptBuilder
 from qwen.text_stream import stream_until_stop, stream_utf8
 from qwen.tokenizer import build_chat_format, build_text_tokenizer
 
@@ -234,7 +235,9 @@ def build_backend(
         CheckpointUnsupported: The tokenizer is of a kind that cannot be made safe.
     """
     texts = build_text_tokenizer(tokenizer)
-    chat_format = build_chat_format(tokenizer)
+    chat_format = build_chat_format(
+        tokenizer, chat_format=getattr(model.generation_config, "chat_format", None)
+    )
     context_length = read_context_length(model.config)
     info = BackendInfo(
         name=name,

@@ -15,9 +15,9 @@ from typing import Any
 
 from tokenizers import Tokenizer, models
 
+from qwen.chat_format import ChatFormat, ChatMLFormat, Segment, TextTokenizer
 from qwen.errors import CheckpointUnsupported, InvalidConversation
 from qwen.messages import Message
-from qwen.prompt import ChatFormat, ChatMLFormat, Segment, TextTokenizer
 
 #: System text of Qwen v1's chats that have none of their own, as published.
 QWEN_SYSTEM = "You are a helpful assistant."

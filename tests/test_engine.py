@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-import transformers
 from tiny_model import build_tiny_model
+from transformers import DynamicCache
 
 from qwen import engine as engine_module
 from qwen.engine import Engine, EngineStep, FairLock
@@ -224,12 +224,12 @@ def caches(monkeypatch):
     """Weak references to every cache that is made."""
     made = []
 
-    class Watched(transformers.DynamicCache):
+    class Watched(DynamicCache):
         def __init__(self, **options):
             super().__init__(**options)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr(transformers, "DynamicCache", Watched)
+    monkeypatch.setattr("transformers.DynamicCache", Watched)
     return made
 
 

@@ -3,13 +3,12 @@ import re
 
 import pytest
 
+from qwen.chat_format import ChatMLFormat, Segment
 from qwen.errors import EmptyMessage, InvalidConversation, MessageTooLong, PromptTooLong
 from qwen.messages import Message
 from qwen.prompt import (
     MAX_CHARACTERS_PER_TOKEN,
-    ChatMLFormat,
     PromptBuilder,
-    Segment,
     check_conversation,
     split_turns,
 )

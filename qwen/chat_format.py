@@ -1,0 +1,108 @@
+"""How a model was taught to see a conversation: segments of text and control, ChatML.
+
+A prompt is a list of segments; `qwen.prompt` turns them into ids. Knows no model library. Source of
+ChatML: Qwen's tokenization note; the ids of Qwen v1's `make_context`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from qwen.messages import Message, Role
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of a prompt.
+
+    Attributes:
+        is_control: Only in control segments the texts of control tokens become their ids.
+        message: Index of the message whose content this is; None for what a format adds.
+    """
+
+    text: str
+    is_control: bool
+    message: int | None = None
+
+
+class TextTokenizer(Protocol):
+    """What prompts and replies need of a tokenizer. All methods may be called from any thread."""
+
+    @property
+    def control_ids(self) -> Mapping[str, int]:
+        """Text and id of every token that plain text must never yield."""
+        ...
+
+    @property
+    def hidden_ids(self) -> frozenset[int]:
+        """Ids that are not shown when a model puts them into a reply."""
+        ...
+
+    def encode_text(self, text: str) -> list[int]:
+        """Encode plain text; never yields one of `control_ids` and adds nothing."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of a token; `b""` for an id without one."""
+        ...
+
+
+class ChatFormat(Protocol):
+    """How a model was taught to see a conversation."""
+
+    @property
+    def joins_text(self) -> bool:
+        """Whether texts of neighbouring segments are encoded as one.
+
+        True as in Transformers' chat templates; False as in Qwen v1, where a message never
+        merges with the line break before it.
+        """
+        ...
+
+    def render_chat(self, messages: Sequence[Message]) -> list[Segment]:
+        """Render a conversation up to and with the opening of the assistant's reply.
+
+        Raises:
+            InvalidConversation: The format cannot express this sequence of roles.
+        """
+        ...
+
+
+class ChatMLFormat:
+    """ChatML as the Qwen models know it.
+
+    Args:
+        default_system: System text of conversations that have none; None leaves the block out.
+        joins_text: See `ChatFormat.joins_text`.
+    """
+
+    def __init__(self, *, default_system: str | None = None, joins_text: bool = True) -> None:
+        self._default_system = default_system
+        self._joins_text = joins_text
+
+    @property
+    def joins_text(self) -> bool:
+        """See `ChatFormat.joins_text`."""
+        return self._joins_text
+
+    def render_chat(self, messages: Sequence[Message]) -> list[Segment]:
+        """See `ChatFormat.render_chat`."""
+        segments = []
+        if self._default_system is not None and (not messages or messages[0].role != "system"):
+            segments += _chatml_block("system", Segment(self._default_system, is_control=True))
+        for index, message in enumerate(messages):
+            content = Segment(message.content, is_control=False, message=index)
+            segments += _chatml_block(message.role, content)
+        return [*segments, *_chatml_opening("assistant")]
+
+
+def _chatml_block(role: Role, content: Segment) -> list[Segment]:
+    end = [Segment("<|im_end|>", is_control=True), Segment("\n", is_control=True)]
+    return [*_chatml_opening(role), content, *end]
+
+
+def _chatml_opening(role: Role) -> list[Segment]:
+    # Two segments, since Qwen v1 encodes the role and the line break each on its own.
+    return [Segment(f"<|im_start|>{role}", is_control=True), Segment("\n", is_control=True)]
