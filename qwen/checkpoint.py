@@ -16,7 +16,12 @@ from qwen.backend import ReportProgress, ignore_progress
 from qwen.carriers import EMBEDDED_MODEL, GgufModel
 from qwen.checkpoint_files import missing_files
 from qwen.download import fetch_data_file
-from qwen.errors import CheckpointDamaged, CheckpointNotFound, CheckpointUnsupported
+from qwen.errors import (
+    CheckpointDamaged,
+    CheckpointNotFound,
+    CheckpointUnsupported,
+    HubUnreachable,
+)
 from qwen.gguf import GgufFile, WeightsDtype, convert_gguf, converted_folder, local_gguf
 from qwen.hub import fetch_snapshot
 from qwen.weights_cache import cache_folder
@@ -135,23 +140,24 @@ def _shortened(text: str) -> str:
     return text if len(text) <= 200 else text[:200] + "…"
 
 
-def choose_default(*, cuda_memory: int | None, runs_qwen_v1: bool) -> tuple[str, tuple[str, ...]]:
+def choose_default(*, cuda_memory: int | None, runs_int4: bool) -> tuple[str, tuple[str, ...]]:
     """Choose what `auto` means on a machine.
 
     Args:
         cuda_memory: Bytes of the GPU's memory; None without CUDA.
-        runs_qwen_v1: Whether Qwen v1 checkpoints can be run.
+        runs_int4: Whether Int4 checkpoints can be run.
 
     Returns:
         A hub's name, or "" for the embedded model; and notices for the user.
     """
     if cuda_memory is None:
         return "", ()
-    name = "Qwen/Qwen-7B-Chat-Int4" if cuda_memory < _INT4_BELOW else "Qwen/Qwen-7B-Chat"
-    if runs_qwen_v1:
+    needs_int4 = cuda_memory < _INT4_BELOW
+    name = "Qwen/Qwen-7B-Chat-Int4" if needs_int4 else "Qwen/Qwen-7B-Chat"
+    if runs_int4 or not needs_int4:
         return name, ()
     notice = (
-        f"This machine's GPU would run {name}, but this version cannot run Qwen v1 models yet; "
+        f"This machine's GPU would run {name}, but this version cannot run Int4 checkpoints yet; "
         f"{EMBEDDED_MODEL.name} is used instead. Name another checkpoint with -c for a larger one."
     )
     return "", (notice,)
@@ -179,13 +185,18 @@ def resolve_checkpoint(
         OutOfMemory: A GGUF file does not fit into memory while it is unpacked.
     """
     parsed = parse_checkpoint(name)
-    notices: tuple[str, ...] = ()
     if parsed.kind == "auto":
-        repository, notices = choose_default(cuda_memory=cuda_memory, runs_qwen_v1=False)
-        if not repository:
-            folder = resolve_embedded(gguf_dtype=gguf_dtype, cache=cache, report=report)
-            return ResolvedCheckpoint(folder, EMBEDDED_MODEL.name, notices)
-        parsed = parse_checkpoint(repository)
+        repository, notices = choose_default(cuda_memory=cuda_memory, runs_int4=False)
+        if repository:
+            try:
+                return resolve_checkpoint(repository, cache=cache, report=report)
+            except HubUnreachable:
+                notices = (
+                    f"{repository}, which this machine's GPU would run, could not be fetched: no "
+                    f"hub answered. {EMBEDDED_MODEL.name} is used instead.",
+                )
+        folder = resolve_embedded(gguf_dtype=gguf_dtype, cache=cache, report=report)
+        return ResolvedCheckpoint(folder, EMBEDDED_MODEL.name, notices)
     if parsed.kind == "folder":
         return _resolve_folder(Path(parsed.value))
     if parsed.kind == "gguf":
@@ -197,7 +208,7 @@ def resolve_checkpoint(
     )
     snapshot = fetch_snapshot(parsed.value, revision=parsed.revision, hub=hub, report=report)
     display = parsed.value.rsplit("/", 1)[-1]
-    return ResolvedCheckpoint(snapshot.folder, display, notices + snapshot.notices)
+    return ResolvedCheckpoint(snapshot.folder, display, snapshot.notices)
 
 
 def resolve_embedded(

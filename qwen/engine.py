@@ -180,6 +180,9 @@ class _Sequence:
             self._unread = torch.tensor(ids, dtype=torch.int64, device=model.device)
             self._sampler = Sampler(params, self._unread)
         self._cache: Any = DynamicCache(config=model.config)
+        # Qwen v1 scales its rotary base by the whole prompt's length, and here it comes in chunks.
+        is_v1 = model.config.model_type == "qwen"
+        self._options = {"prompt_length": self.prompt_length} if is_v1 else {}
         self._logits: torch.Tensor | None = None
 
     @property
@@ -192,7 +195,11 @@ class _Sequence:
         with torch.inference_mode():
             chunk = self._unread[:PREFILL_CHUNK]
             output = self._model(
-                chunk[None], past_key_values=self._cache, use_cache=True, logits_to_keep=1
+                chunk[None],
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+                **self._options,
             )
             self._logits = output.logits[0, -1]
             self._unread = self._unread[len(chunk) :]

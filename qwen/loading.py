@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from qwen.auto import register_qwen
 from qwen.backend import ReportProgress, ignore_progress
 from qwen.checkpoint import parse_checkpoint, resolve_checkpoint
 from qwen.checkpoint_files import check_weight_files, load_json
@@ -133,10 +134,12 @@ def load_folder(
     failure: QwenError | None = None
     try:
         with quiet_transformers():
+            register_qwen()
             report("Loading the tokenizer")
             tokenizer = _load_tokenizer(folder)
             report("Loading the weights")
             model = _load_weights(folder, device, dtype)
+            _check_vocabulary(tokenizer, model, folder)
     except Exception as error:
         logger.warning("Loading %s failed", folder, exc_info=error)
         failure = _explained(error, folder)
@@ -156,11 +159,6 @@ def check_supported(config: dict[str, Any], folder: Path) -> None:
     if not isinstance(kind, str):
         raise CheckpointDamaged(
             f"{folder / 'config.json'} names no model_type. Fetch this file again."
-        )
-    if kind == "qwen":
-        raise CheckpointUnsupported(
-            f"{folder} is a Qwen v1 checkpoint (model_type 'qwen'), which this version cannot run "
-            "yet. Choose a Qwen2 or newer checkpoint, for example Qwen/Qwen2.5-0.5B-Instruct."
         )
     quantization = config.get("quantization_config")
     if quantization:
@@ -185,7 +183,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         if is_out_of_memory(error) or isinstance(error, ImportError):
             raise
         raise CheckpointDamaged(
-            f"The tokenizer in {folder} (tokenizer.json, tokenizer_config.json) cannot be read: "
+            f"The tokenizer in {folder} (tokenizer.json or qwen.tiktoken) cannot be read: "
             f"{_first_line(error)} Fetch these files again."
         ) from error
 
@@ -223,6 +221,18 @@ def _load_weights(folder: Path, device: str, dtype: WeightsDtype) -> PreTrainedM
     runnable: Any = model
     runnable.eval()
     return model
+
+
+def _check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, folder: Path
+) -> None:
+    embedding: Any = model.get_input_embeddings()
+    rows: int = embedding.weight.shape[0]
+    if len(tokenizer) > rows:
+        raise CheckpointDamaged(
+            f"The tokenizer in {folder} knows {len(tokenizer):,} tokens, but the model only "
+            f"{rows:,}: they do not belong together. Fetch both from the same checkpoint."
+        )
 
 
 def _explained(error: Exception, folder: Path) -> QwenError:

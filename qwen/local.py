@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from qwen.backend import BackendInfo, ReportProgress, ignore_progress
@@ -32,7 +32,7 @@ from qwen.tokenizer import build_chat_format, build_text_tokenizer
 
 #: Tokens that end a reply of a Qwen model, whatever its generation_config.json says: some released
 #: ones name only one of the two.
-_END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+_END_TOKENS = ("<|im_end|>", "<|im_start|>", "<|endoftext|>")
 
 #: What Transformers takes for a sampling value that a checkpoint leaves out.
 _TRANSFORMERS_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
@@ -47,6 +47,7 @@ class LocalBackend:
         chat_format: None for a base model.
         info: What to say about the model; its `context_length` is the one that counts.
         max_input_tokens: A smaller budget for prompts; older turns beyond it are dropped.
+        ntk_alpha: Tells for a prompt's length what `ContextUsage.ntk_alpha` is; None is always 1.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class LocalBackend:
         chat_format: ChatFormat | None,
         info: BackendInfo,
         max_input_tokens: int | None = None,
+        ntk_alpha: Callable[[int], int] | None = None,
     ) -> None:
+        self._ntk_alpha = ntk_alpha
         self._engine = engine
         self._tokenizer = tokenizer
         self._info = info
@@ -122,6 +125,13 @@ class LocalBackend:
             yield b"" if hidden else self._tokenizer.token_bytes(step.token_id)
 
     def _build_prompt(self, request: ChatRequest, *, allow_empty: bool = False) -> Prompt:
+        prompt = self._fitted_prompt(request, allow_empty=allow_empty)
+        if self._ntk_alpha is None:
+            return prompt
+        usage = replace(prompt.usage, ntk_alpha=self._ntk_alpha(len(prompt.ids)))
+        return replace(prompt, usage=usage)
+
+    def _fitted_prompt(self, request: ChatRequest, *, allow_empty: bool) -> Prompt:
         max_new_tokens = request.params.max_new_tokens
         if request.raw_prompt is not None:
             if request.messages:
@@ -254,13 +264,26 @@ def build_backend(
         context_length=context_length,
     )
     return LocalBackend(
-        engine, texts, chat_format=chat_format, info=info, max_input_tokens=max_input_tokens
+        engine,
+        texts,
+        chat_format=chat_format,
+        info=info,
+        max_input_tokens=max_input_tokens,
+        ntk_alpha=model.config.ntk_alpha if model.config.model_type == "qwen" else None,
     )
 
 
 def read_context_length(config: Any) -> int:
-    """Return the tokens that a model can attend to, from its config."""
-    return int(config.get_text_config().max_position_embeddings)
+    """Return the tokens of prompt and reply that a model is good for, from its config.
+
+    A Qwen v1 model with dynamic NTK was published and measured up to four times the length that
+    it was trained on (Qwen's README of September 2023: 8,192 to 32k, 2,048 to 8k).
+    """
+    config = config.get_text_config()
+    if config.model_type != "qwen":
+        return int(config.max_position_embeddings)
+    stretched: int = config.seq_length * (4 if config.use_dynamic_ntk else 1)
+    return max(stretched, config.max_position_embeddings or 0)
 
 
 def read_end_tokens(generation_config: Any, tokenizer: Any, texts: TextTokenizer) -> frozenset[int]:

@@ -127,6 +127,8 @@ class ContextUsage:
         query: Tokens of the newest user message, the opening of the reply and its prefix.
         limit: The context length, or the smaller budget that was set.
         dropped: The oldest messages, which do not fit and are left out, oldest first.
+        ntk_alpha: By how much dynamic NTK stretches a Qwen v1 model's rotary base for this prompt;
+            1 is not at all.
     """
 
     system: int
@@ -134,6 +136,7 @@ class ContextUsage:
     query: int
     limit: int
     dropped: tuple[Message, ...] = ()
+    ntk_alpha: int = 1
 
     @property
     def prompt(self) -> int:

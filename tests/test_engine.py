@@ -6,6 +6,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
+import golden_v1
 import pytest
 import torch
 from tiny_model import build_tiny_model
@@ -451,3 +452,15 @@ def test_two_threads_at_once_get_the_same_replies_as_alone():
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda job: reply(engine, job[0], **job[1]), jobs))
     assert together == alone
+
+
+@pytest.mark.parametrize("case", ["e.greedy.prompt70.start0", "e.greedy.prompt100.start200"])
+def test_qwen_v1_prompt_in_chunks_gives_the_published_greedy_ids(monkeypatch, case):
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 32)  # of prompts past seq_length, 64
+    golden = golden_v1.CASES[case]
+    engine = Engine(golden_v1.load_tiny(), eos_token_ids=[1022], context_length=1024)
+    params = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=80)
+    steps = list(engine.submit(golden["prompt"], params, cancel=threading.Event()))
+    new_ids = [step.token_id for step in steps if step.token_id is not None]
+    published = [token_id for token_id in golden["new_ids"] if token_id != 1022]
+    assert new_ids == published

@@ -194,9 +194,13 @@ def test_damaged_generation_settings_are_refused(folder: Path) -> None:
 # Kinds that are not run
 
 
-def test_qwen_v1_is_refused_by_name(folder: Path) -> None:
-    edit_json(folder / "config.json", model_type="qwen")
-    with pytest.raises(CheckpointUnsupported, match="Qwen v1"):
+def test_tokenizer_of_another_model_is_refused(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary |= {f"extra{i}": len(vocabulary) + i for i in range(rows)}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointDamaged, match="do not belong together"):
         load_folder(folder)
 
 

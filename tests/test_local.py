@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_model import CHATML_TEMPLATE, build_byte_tokenizer, build_tiny_model
+from tiny_v1 import SEQ_LENGTH, write_tiny_v1
 from transformers import GenerationConfig
 
 from qwen.errors import (
@@ -18,7 +19,7 @@ from qwen.errors import (
     OutOfMemory,
     PromptTooLong,
 )
-from qwen.local import build_backend, read_default_params, read_end_tokens
+from qwen.local import build_backend, load_backend, read_default_params, read_end_tokens
 from qwen.messages import ChatRequest, Message, SamplingParams
 from qwen.tokenizer import build_text_tokenizer
 
@@ -384,7 +385,7 @@ def test_default_settings_are_the_checkpoints_own(stated, expected):
 def test_end_tokens_come_from_the_checkpoint_and_from_chatml():
     tokenizer = build_byte_tokenizer()
     texts = build_text_tokenizer(tokenizer)
-    chatml = {control_id("<|im_end|>"), control_id("<|endoftext|>")}
+    chatml = {control_id(f"<|{name}|>") for name in ("im_end", "im_start", "endoftext")}
     for named, expected in ((7, {7}), ([7, 8], {7, 8}), (None, set())):
         found = read_end_tokens(GenerationConfig(eos_token_id=named), tokenizer, texts)
         assert found == expected | chatml
@@ -474,3 +475,41 @@ def test_real_address_space_limit_while_generating_is_survived(embedded_folder):
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.split() == ["length", "OutOfMemory", "length"]
+
+
+@pytest.fixture(scope="module")
+def v1_backend(tmp_path_factory):
+    folder = write_tiny_v1(tmp_path_factory.mktemp("v1"))
+    return load_backend(str(folder), device="cpu", dtype="float32")
+
+
+def ask_v1(backend, text, **params):
+    request = ChatRequest(
+        messages=(Message("system", "s"), Message("user", text)),
+        params=SamplingParams(temperature=0, max_new_tokens=4, **params),
+    )
+    return list(backend.stream(request, threading.Event()))
+
+
+def test_qwen_v1_folder_chats_through_the_backend(v1_backend):
+    events = ask_v1(v1_backend, "hello")
+    assert events[-1].finish_reason in ("stop", "length")
+    assert v1_backend.info.is_chat
+
+
+def test_context_says_with_which_alpha_ntk_applies(v1_backend):
+    short, long = ask_v1(v1_backend, "hello")[0].context, ask_v1(v1_backend, "x" * 60)[0].context
+    assert (short.ntk_alpha, long.ntk_alpha) == (1, 3)
+    assert SEQ_LENGTH < long.prompt <= 2 * SEQ_LENGTH
+
+
+def test_qwen_v1_is_good_for_four_times_its_training_length(v1_backend):
+    assert v1_backend.info.context_length == 4 * SEQ_LENGTH
+
+
+def test_qwen_v1_base_model_completes_raw_text(tmp_path):
+    folder = write_tiny_v1(tmp_path, chat_format="raw")
+    backend = load_backend(str(folder), device="cpu", dtype="float32")
+    request = ChatRequest(raw_prompt="hello", params=SamplingParams(max_new_tokens=2))
+    assert not backend.info.is_chat
+    assert list(backend.stream(request, threading.Event()))[-1].usage.prompt_tokens >= 1

@@ -170,6 +170,11 @@ _TABLE: dict[str, tuple[str, str, str]] = {
         "剩余 {left} / {limit} 词元可用于回复",
         "返信に使える残り {left} / {limit} トークン",
     ),
+    "context_ntk": (
+        "Longer than the model's training length: dynamic NTK applies, alpha {alpha}.",
+        "超过模型的训练长度:启用动态 NTK,alpha = {alpha}。",
+        "学習時の長さを超えるため、動的 NTK を適用します(alpha = {alpha})。",
+    ),
     "context_dropped": (
         "The {count} oldest messages no longer fit and will be left out:",
         "最早的 {count} 条消息放不下,将被略去:",

@@ -139,8 +139,12 @@ def context_html(usage: ContextUsage | None, words: Words) -> str:
     return (
         f'<div class="context" title="{escape(left)}"><div class="bar">{bars}</div>'
         f'<div class="legend">{legend}<span class="key left">{left}</span></div>'
-        f"{_dropped_html(usage.dropped, words)}</div>"
+        f"{_ntk_html(usage.ntk_alpha, words)}{_dropped_html(usage.dropped, words)}</div>"
     )
+
+
+def _ntk_html(alpha: int, words: Words) -> str:
+    return f'<div class="ntk">{words("context_ntk", alpha=alpha)}</div>' if alpha > 1 else ""
 
 
 def _dropped_html(dropped: tuple[Message, ...], words: Words) -> str:
