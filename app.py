@@ -4,7 +4,7 @@ import os
 import sys
 
 from qwen.backend import ChatBackend, DeferredBackend, ReportProgress
-from webapp.server import TerminalProgress, serve
+from webapp.server import TerminalProgress, end_process, serve
 from webapp.settings import parse_settings
 
 
@@ -27,4 +27,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -135,4 +135,3 @@ class ChatPage:
     @property
     def _values(self) -> tuple[Any, ...]:
         return tuple(self.controls.values())
-

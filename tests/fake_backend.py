@@ -62,6 +62,8 @@ class FakeBackend:
             self.active -= 1
 
     def _events(self, request: ChatRequest, cancel: threading.Event) -> Iterator[StreamEvent]:
+        if request.raw_prompt is None and not request.messages[-1].content.strip():
+            raise EmptyMessage("The message is empty. Write something first.")
         context = self.count_tokens(request)
         yield StreamEvent(context=context)
         reply = self.reply if isinstance(self.reply, str) else self.reply(request)
@@ -91,8 +93,6 @@ class FakeBackend:
         if request.raw_prompt is not None:
             return ContextUsage(0, 0, len(request.raw_prompt.split()), self.limit)
         *earlier, last = request.messages
-        if not last.content.strip() and last.content:
-            raise EmptyMessage("The message is empty. Write something first.")
         system = sum(len(m.content.split()) for m in earlier if m.role == "system")
         turns = [m for m in earlier if m.role != "system"]
         query = len(last.content.split()) + len(request.reply_prefix.split())

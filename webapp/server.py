@@ -6,14 +6,14 @@ three seconds.
 
 from __future__ import annotations
 
-import gc
+import atexit
 import logging
 import os
 import signal
 import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from qwen.backend import DeferredBackend, LoadStatus
 from qwen.errors import StartupError
@@ -53,7 +53,7 @@ def serve(settings: Settings, backend: DeferredBackend) -> int:
     stopped = _stop_on_signals()
     backend.start()
     try:
-        demo = launch_page(settings, backend)
+        launch_page(settings, backend)
     except StartupError as error:
         print(f"Error: {error}", file=sys.stderr)
         backend.close()
@@ -63,10 +63,19 @@ def serve(settings: Settings, backend: DeferredBackend) -> int:
         print("Stopping …", flush=True)
     finally:
         backend.close()
-        demo.server.force_exit = True  # every open page holds a connection; wait for none
-        demo.close(verbose=False)
-        gc.freeze()  # or the last collection walks through all of torch's objects, for seconds
     return 0
+
+
+def end_process(code: int) -> NoReturn:
+    """End the process now, whatever its threads are doing.
+
+    An ordinary exit waits for every open page, then for the collection of all of torch's objects,
+    and aborts when a thread is still loading or computing in torch.
+    """
+    atexit._run_exitfuncs()  # ends the helper program of a share link
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _stop_on_signals() -> threading.Event:

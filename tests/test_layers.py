@@ -1,0 +1,171 @@
+"""The house plan: who may import whom, and which libraries a room may name.
+
+`ROOMS` is the plan; CONTRIBUTING.md mirrors it. A module imports only from a lower layer, so there
+is no cycle. Imports inside functions and for type checkers count too.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parent.parent
+
+#: Module → its layer and the third-party packages that it may import, each named by its import.
+ROOMS: dict[str, tuple[float, str]] = {
+    # Plain values and pure functions.
+    "qwen.errors": (0, ""),
+    "qwen.text_stream": (0, ""),
+    "qwen.carriers": (0, ""),
+    "qwen.messages": (0.5, ""),
+    "qwen.chat_format": (0.8, ""),
+    "qwen.backend": (1, ""),
+    "qwen.prompt": (1, ""),
+    "qwen.checkpoint_files": (1, ""),
+    "qwen.sampling": (1, "torch"),
+    "qwen.rope": (1, "torch"),
+    "qwen.model_inputs": (1, "torch"),
+    "qwen.configuration_qwen": (1, "transformers"),
+    "qwen.tokenization_qwen": (1, "transformers tiktoken"),
+    # Where weights come from.
+    "qwen.weights_cache": (1.5, "filelock"),
+    "qwen.tokenizer": (1.5, "tokenizers jinja2"),
+    "qwen.hub": (2, "httpx huggingface_hub modelscope tqdm"),
+    "qwen.gguf": (2, "gguf torch transformers tokenizers"),
+    "qwen.download": (2.2, "httpx"),
+    "qwen.checkpoint": (2.4, ""),
+    # The native Qwen v1 classes.
+    "qwen.ntk_cache": (2, "torch transformers"),
+    "qwen.pretrained": (2, "torch safetensors"),
+    "qwen.chat": (2, "torch transformers"),
+    "qwen.generation_qwen": (2.2, "torch transformers"),
+    "qwen.modeling_qwen": (2.4, "torch transformers"),
+    "qwen.auto": (2.6, "transformers"),
+    # From one layout to the other.
+    "qwen.convert_map": (2.4, "torch"),
+    "qwen.convert_weights": (2.6, "torch safetensors"),
+    "qwen.convert_config": (2.6, "transformers"),
+    "qwen.convert_tokenizer": (2.7, "transformers tokenizers jinja2"),
+    "qwen.convert": (2.8, ""),
+    # Qwen v1 ↔ Qwen2 layout.
+    "qwen.convert_map": (1, "torch"),
+    "qwen.convert_config": (1.5, "transformers"),
+    "qwen.convert_weights": (2, "torch safetensors"),
+    "qwen.convert_tokenizer": (2, "tokenizers transformers jinja2"),
+    "qwen.convert": (3, ""),
+    # The running model.
+    "qwen.loading": (3, "torch transformers"),
+    "qwen.engine": (3, "torch transformers"),
+    "qwen.local": (4, ""),
+    "qwen": (5, "transformers"),
+    # What measures, from outside.
+    "qwen.evals": (6, ""),
+    "qwen.evals.machine": (6, ""),
+    "qwen.evals.streaming": (6.5, "httpx"),
+    # The page.
+    "webapp.settings": (7, ""),
+    "webapp.text": (7, ""),
+    "webapp.spans": (7, ""),
+    "webapp.conversation": (7, ""),
+    "webapp.render": (7.2, ""),
+    "webapp.export": (7.2, "mdtex2html markdown latex2mathml nh3"),
+    "webapp.views": (7.5, ""),
+    "webapp.controls": (7.5, ""),
+    "webapp.reply_stream": (7.5, ""),
+    "webapp.session": (8, "gradio"),
+    "webapp.page_updates": (8.2, "gradio"),
+    "webapp.reply_handlers": (8.5, "gradio"),
+    "webapp.history_handlers": (8.5, "gradio"),
+    "webapp.completion_handlers": (8.5, "gradio"),
+    "webapp.loading_handlers": (8.7, "gradio"),
+    "webapp.ui": (9, "gradio"),
+    "webapp.server": (10, "gradio starlette tqdm"),
+    "webapp": (10, ""),
+    "app": (11, ""),
+}
+OURS = ("qwen", "webapp", "app")
+WEB_LIBRARIES = {"gradio", "fastapi", "starlette", "uvicorn"}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the project by its dotted name."""
+    paths = [PROJECT / "app.py", *PROJECT.glob("qwen/**/*.py"), *PROJECT.glob("webapp/**/*.py")]
+    return {dotted_name(path): path for path in paths}
+
+
+def dotted_name(path: Path) -> str:
+    parts = path.relative_to(PROJECT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(module: str) -> Iterator[str]:
+    """Yield what a module imports, wherever in its code."""
+    for node in ast.walk(ast.parse(modules()[module].read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: imports are absolute here"
+            assert node.module is not None
+            for name in node.names:
+                inner = f"{node.module}.{name.name}"
+                yield inner if inner in modules() else node.module
+
+
+def own_imports(module: str) -> set[str]:
+    return {name for name in imports(module) if name.split(".")[0] in OURS}
+
+
+def third_party(module: str) -> set[str]:
+    tops = {name.split(".")[0] for name in imports(module)}
+    return tops - set(sys.stdlib_module_names) - set(OURS)
+
+
+def test_every_module_has_its_place_in_the_plan_and_every_place_its_module():
+    assert set(ROOMS) == set(modules())
+
+
+@pytest.mark.parametrize("module", ROOMS)
+def test_module_imports_only_from_lower_layers(module):
+    upward = {name for name in own_imports(module) if ROOMS[name][0] >= ROOMS[module][0]}
+    assert not upward
+
+
+@pytest.mark.parametrize("module", ROOMS)
+def test_module_imports_only_the_libraries_of_its_row(module):
+    assert third_party(module) == set(ROOMS[module][1].split())
+
+
+def test_no_module_of_qwen_knows_the_web():
+    for module in (name for name in modules() if name.split(".")[0] == "qwen"):
+        assert not {name for name in own_imports(module) if name.startswith("webapp")}
+        assert not third_party(module) & WEB_LIBRARIES
+
+
+def test_only_settings_reads_the_command_line_and_the_environment_of_the_page():
+    for module, path in modules().items():
+        if module.startswith("webapp."):
+            code = path.read_text("utf-8")
+            assert "sys.argv" not in code, module
+            assert "os.environ.get" not in code, module
+            assert "getenv" not in code, module
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("qwen", ["torch", "transformers", "gradio"]),
+        ("qwen.backend", ["torch", "transformers"]),
+        ("qwen.checkpoint", ["torch", "transformers", "huggingface_hub", "modelscope"]),
+        ("webapp.server", ["torch", "transformers", "gradio"]),
+        ("app", ["torch", "transformers", "gradio"]),
+    ],
+)
+def test_import_pulls_in_nothing_heavy(module, heavy):
+    code = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules])"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.strip() == "[]"
