@@ -9,6 +9,7 @@ from qwen.errors import InvalidSetting
 from qwen.messages import Message, SamplingParams
 from webapp.controls import (
     CONTROLS,
+    STORED_SYSTEM_CHARACTERS,
     control_values,
     restored_controls,
     sampling_params,
@@ -96,3 +97,8 @@ def test_wrong_setting_is_not_stored(value):
     stored = stored_form(Conversation(), controls(seed=value, top_k=5))["controls"]
     assert "seed" not in stored
     assert stored["top_k"] == 5
+
+
+def test_system_prompt_that_would_fill_the_browsers_storage_is_not_stored():
+    values = control_values("x" * (STORED_SYSTEM_CHARACTERS + 1), SamplingParams())
+    assert "system_prompt" not in stored_form(Conversation(), values)["controls"]

@@ -25,6 +25,7 @@ CONTROLS = (
 )
 #: Characters of a conversation that are kept in a browser; its storage ends at about 5 MB.
 STORED_CHARACTERS = 1_000_000
+STORED_SYSTEM_CHARACTERS = 100_000
 
 Controls = tuple[Any, ...]
 
@@ -43,8 +44,9 @@ def restored_controls(stored: object, defaults: Controls) -> Controls:
 def _sound_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return those settings that a request could be made with."""
     sound: dict[str, Any] = {}
-    if isinstance(settings.get("system_prompt"), str):
-        sound["system_prompt"] = settings["system_prompt"]
+    system_prompt = settings.get("system_prompt")
+    if isinstance(system_prompt, str) and len(system_prompt) <= STORED_SYSTEM_CHARACTERS:
+        sound["system_prompt"] = system_prompt
     for name in CONTROLS[1:]:
         with suppress(KeyError, QwenError):
             sound[name] = checked_number(name, settings[name])

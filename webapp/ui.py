@@ -75,6 +75,7 @@ class Handlers:
 def build_page(handlers: Handlers) -> gr.Blocks:
     """Build the whole page."""
     t = gr.I18n(**TRANSLATIONS)
+    demo: gr.Blocks
     with gr.Blocks(
         title="Qwen Chat", analytics_enabled=False, fill_height=True, fill_width=True
     ) as demo:
