@@ -71,6 +71,10 @@ class PageDriver:
     def alert(self) -> Locator:
         return self.page.get_by_role("alert")
 
+    @property
+    def other_tab_notice(self) -> Locator:
+        return self.page.locator("#other-tab")
+
     def button(self, name: str) -> Locator:
         return self.page.get_by_role("button", name=name, exact=True)
 

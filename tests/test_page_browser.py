@@ -339,7 +339,10 @@ def test_second_tab_opens_with_the_history_and_both_go_on_by_themselves(
     first.ask("one")
     second = open_tab(url, context)
     second.expect_questions("one")
+    expect(first.other_tab_notice).not_to_be_visible()
     second.ask("two")
+    expect(first.other_tab_notice).to_be_visible()
+    expect(second.other_tab_notice).not_to_be_visible()
     first.ask("three")
     assert [m.content for m in backend.requests[-1].messages[1:]] == ["one", "re one", "three"]
     first.expect_questions("one", "three")

@@ -17,8 +17,8 @@ from qwen.local import LocalBackend
 pytestmark = [pytest.mark.browser, pytest.mark.integration]
 
 QUESTION = (
-    "Solve x^2 - 5x + 6 = 0 with the quadratic formula. Show the formula in LaTeX between $$, "
-    "then a short Python function that does it."
+    "Write the quadratic formula in LaTeX between $$ and nothing else about it, then a Python "
+    "function of four lines that applies it."
 )
 REPLY_MILLISECONDS = 240_000
 

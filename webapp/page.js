@@ -47,10 +47,16 @@
     field.dispatchEvent(new Event("input", { bubbles: true }));
   });
 
-  // Another tab of this browser has stored a conversation: the page says so (style.css).
-  window.addEventListener("storage", (event) => {
-    if (event.key === "qwen-chat") document.getElementById("other-tab")?.classList.add("shown");
-  });
+  // A reply that begins here (its Stop button appears) is told to the browser's other tabs, which
+  // share one stored history: they show a notice (style.css).
+  const tabs = new BroadcastChannel("qwen-chat");
+  tabs.onmessage = () => document.getElementById("other-tab")?.classList.add("shown");
+  let wasWriting = false;
+  new MutationObserver(() => {
+    const isWriting = document.getElementById("stop") !== null;
+    if (isWriting && !wasWriting) tabs.postMessage("a reply begins");
+    wasWriting = isWriting;
+  }).observe(document, { childList: true, subtree: true });
 
   // Gradio sends on Enter even when Enter only confirms a candidate of an input method. Safari
   // tells so by key code 229 alone.
