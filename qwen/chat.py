@@ -338,6 +338,7 @@ def decode_tokens(
     raw_text_len: int | None = None,
     context_length: int = 0,
     chat_format: str = "chatml",
+    verbose: bool = False,
     return_end_reason: bool = False,
     errors: str = "replace",
 ) -> Any:
@@ -349,10 +350,16 @@ def decode_tokens(
         raw_text_len: Not needed any more: the prompt is cut off by its tokens.
         context_length: Tokens of the prompt.
         chat_format: "chatml" or "raw".
+        verbose: Only False: what a user wrote is never printed.
         return_end_reason: Also return why the reply ended, in the published words.
         errors: What to do with bytes that are no UTF-8: as in `bytes.decode`.
+
+    Raises:
+        InvalidRequest: The chat format is unknown, or `verbose` is asked for.
     """
     _check_format(chat_format)
+    if verbose:
+        raise InvalidSetting("verbose=True is not supported. Print what is returned instead.")
     texts = build_text_tokenizer(tokenizer)
     ids = tokens.tolist() if isinstance(tokens, torch.Tensor) else list(tokens)
     ends = _end_ids(texts, chat_format)

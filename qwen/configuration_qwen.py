@@ -29,8 +29,10 @@ class QWenConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         use_dynamic_ntk: Stretch the rotary base for prompts longer than `seq_length`.
         use_logn_attn: Sharpen the queries past `seq_length`.
         use_flash_attn: True asks for FlashAttention 2; "auto" and False take torch's own kernels.
+        use_cache_quantization: Published, not supported; likewise `use_cache_kernel`.
         bf16: Precision of the weights when nothing else is asked for; likewise `fp16`, `fp32`.
         no_bias: Whether all linear layers but `c_attn` are without bias.
+        pad_token_id: For `generate`, which prefers that of its generation config.
     """
 
     model_type = "qwen"
@@ -67,10 +69,13 @@ class QWenConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     attn_dropout_prob: float = 0.0
     scale_attn_weights: bool = True
     no_bias: bool = True
+    use_cache_quantization: bool = False
+    use_cache_kernel: bool = False
     bf16: bool = False
     fp16: bool = False
     fp32: bool = False
     tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
     tokenizer_class: str | None = "QWenTokenizer"
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -140,7 +145,11 @@ class QWenConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
                 f"kv_channels ({self.kv_channels}) times num_attention_heads "
                 f"({self.num_attention_heads}) must equal hidden_size ({self.hidden_size})."
             )
-        elif self.rotary_dim % 2 or not 2 < self.rotary_dim <= self._head_dim:
+        elif (
+            not _is_number(self.rotary_pct)
+            or self.rotary_dim % 2
+            or not 2 < self.rotary_dim <= self._head_dim
+        ):
             problems.append(
                 f"rotary_pct ({self.rotary_pct}) of kv_channels ({self.kv_channels}) must be an "
                 "even number above 2 and no larger than the head."
@@ -152,8 +161,10 @@ class QWenConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             )
         if not _is_count(self.seq_length) or self.seq_length < 2:
             problems.append(f"seq_length must be at least 2 tokens, not {self.seq_length}.")
-        if not self.rotary_emb_base or self.rotary_emb_base <= 0:
-            problems.append(f"rotary_emb_base must be positive, not {self.rotary_emb_base}.")
+        if not _is_number(self.rotary_emb_base) or self.rotary_emb_base <= 0:
+            problems.append(
+                f"rotary_emb_base must be a positive number, not {self.rotary_emb_base}."
+            )
         if sum(bool(getattr(self, flag)) for flag in PRECISION_FLAGS) > 1:
             problems.append("at most one of bf16, fp16 and fp32 can be true.")
         return problems
@@ -161,3 +172,7 @@ class QWenConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -51,7 +51,7 @@ def check_inputs(
         _check_ids(input_ids, vocab_size)
     # A chunk of a padded prompt may be padding only in some rows.
     if prompt_length is not None:
-        _check_lengths(torch.as_tensor(prompt_length))
+        _check_lengths(torch.as_tensor(prompt_length).flatten())
     elif attention_mask is not None and attention_mask.ndim == 2:
         _check_lengths(attention_mask.bool().sum(-1))
     if cache is not None:
@@ -83,9 +83,12 @@ def positions_of(inputs_embeds: Tensor, attention_mask: Tensor | None, cache: An
 
 
 def count_tokens(inputs: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Count the tokens of each sequence of a prompt, (batch,) int64, padding not counted."""
+    """Count the tokens of each sequence of a prompt, (batch,) int64, padding not counted.
+
+    A mask may be longer, as for a whole static cache; what is behind the prompt does not count.
+    """
     if attention_mask is not None and attention_mask.ndim == 2:
-        return attention_mask.to(inputs.device).bool().sum(-1)
+        return attention_mask.to(inputs.device)[:, : inputs.shape[1]].bool().sum(-1)
     return torch.full(inputs.shape[:1], inputs.shape[1], device=inputs.device)
 
 

@@ -248,7 +248,7 @@ class QWenModel(QWenPreTrainedModel):  # type: ignore[no-untyped-call]
         )
         position_embeddings = self._position_embeddings(position_ids, alpha)
         hidden_states = self.drop(inputs_embeds)
-        for block in self.h:
+        for block in self.h[: self.config.num_hidden_layers]:
             hidden_states = block(
                 hidden_states,
                 attention_mask=causal_mask,
@@ -298,6 +298,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):  # type: ignore
         super().__init__(config)
         self.transformer = QWenModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_type = "ForCausalLM"  # else guessed from the name of the class, with a warning
         self.post_init()  # type: ignore[no-untyped-call]
 
     @can_return_tuple  # type: ignore[untyped-decorator]

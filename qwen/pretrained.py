@@ -8,14 +8,16 @@ not fit the configuration are refused by name, where Transformers would go on wi
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Callable
+from json import JSONDecodeError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from qwen.configuration_qwen import QWenConfig
-from qwen.errors import CheckpointDamaged, is_out_of_memory
+from qwen.errors import CheckpointDamaged
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +31,17 @@ _HUB_OPTIONS = (
     "subfolder",
     "token",
 )
-#: What torch and safetensors raise while they read a file that is cut short or altered.
-_UNREADABLE = (SafetensorError, RuntimeError, EOFError, KeyError)
+#: What is raised while files are read that are cut short, altered or not there.
+_UNREADABLE = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    JSONDecodeError,
+    FileNotFoundError,
+    EOFError,
+    KeyError,
+)
+#: torch raises a plain RuntimeError, as it does for a device that is not there.
+_UNREADABLE_SIGN = "PytorchStreamReader"
 
 
 class PublishedLoading:
@@ -62,6 +73,7 @@ class PublishedLoading:
         """
         # Transformers would run `custom_generate/generate.py` of the checkpoint.
         kwargs.pop("trust_remote_code", None)
+        kwargs.pop("resume_download", None)  # of the published demos; downloads always resume now
         asked_dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
         if not isinstance(config, QWenConfig):
             config, kwargs = _load_config(config or pretrained_model_name_or_path, kwargs)
@@ -69,7 +81,7 @@ class PublishedLoading:
         kwargs["dtype"] = asked_dtype or _choose_dtype(config, kwargs.get("device_map"))
         if config.use_flash_attn is True:
             kwargs.setdefault("attn_implementation", "flash_attention_2")
-        if getattr(config, "use_cache_quantization", False):
+        if config.use_cache_quantization:
             logger.warning(
                 "use_cache_quantization is not supported: the cache keeps the model's precision, "
                 "which is more exact and takes more memory."
@@ -135,12 +147,11 @@ def _load_whole(load: Callable[..., Any], name: Any, kwargs: dict[str, Any]) -> 
     try:
         # Transformers' own refusal of other shapes names none of them.
         model, info = load(**kwargs | {"ignore_mismatched_sizes": True})
-    except _UNREADABLE as error:
-        if is_out_of_memory(error):
+    except (*_UNREADABLE, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and _UNREADABLE_SIGN not in str(error):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise CheckpointDamaged(
-            f"The weights of {name} cannot be read: {reason}. Fetch their files again."
+            f"The weights of {name} cannot be read: {_reason(error)}. Fetch their files again."
         ) from error
     _check_shapes(info["mismatched_keys"], name)
     if missing := sorted(info["missing_keys"]):
@@ -155,6 +166,12 @@ def _load_whole(load: Callable[..., Any], name: Any, kwargs: dict[str, Any]) -> 
             f"{_listed(extra)} too many. Fetch both from the same checkpoint."
         )
     return model, info
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # torch advises to run the file as code
+        return "a file does not hold tensors, or more than tensors"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _check_shapes(mismatched: Any, name: Any) -> None:

@@ -172,6 +172,12 @@ def test_unknown_chat_format_is_refused(tokenizer, model):
             use()
 
 
+def test_printing_of_what_was_said_is_refused(tokenizer):
+    assert decode_tokens([1], tokenizer, verbose=False) == "\x01"
+    with pytest.raises(InvalidSetting, match="verbose"):
+        decode_tokens([1], tokenizer, verbose=True)
+
+
 # Replies.
 
 

@@ -70,6 +70,8 @@ def test_a_file_without_kv_channels_divides_the_hidden_size():
         ({"intermediate_size": 175}, "intermediate_size"),
         ({"seq_length": None}, "seq_length"),
         ({"rotary_emb_base": None}, "rotary_emb_base"),
+        ({"rotary_emb_base": "10000"}, "rotary_emb_base"),
+        ({"rotary_pct": None}, "rotary_pct"),
         ({"rotary_pct": 1.5}, "rotary_pct"),
         ({"bf16": True, "fp16": True}, "bf16"),
     ],

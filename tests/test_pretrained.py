@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import sys
 import pytest
 import torch
 import transformers
-from golden_v1 import CHECKPOINT, assert_parity, golden_ids, tensors
+from golden_v1 import CHECKPOINT, assert_parity, golden_ids, load_tiny, tensors
+from reference_v1 import CONFIG, random_weights, write_checkpoint
 from safetensors.torch import load_file, save_file
 
 import qwen
@@ -209,6 +211,43 @@ def test_files_cut_short_are_refused(folder, size):
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(CheckpointDamaged, match="cannot be read"):
         load(folder)
+
+
+def test_missing_shards_and_a_damaged_list_of_them_are_refused(tmp_path):
+    shard, index = "model-00002-of-00002.safetensors", "model.safetensors.index.json"
+    for name, content in ((shard, None), (index, "{"), (index, "{}")):
+        folder = write_checkpoint(tmp_path, CONFIG, random_weights(CONFIG))
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_text(content)
+        with pytest.raises(CheckpointDamaged, match=r"cannot be read: .* Fetch"):
+            load(folder)
+
+
+@pytest.mark.parametrize("size", [0, 100, -100])
+def test_weights_of_torch_are_read_and_refused_when_cut_short(folder, size):
+    path = folder / "pytorch_model.bin"
+    torch.save(load_file(folder / "model.safetensors"), path)
+    (folder / "model.safetensors").unlink()
+    assert torch.equal(load(folder).lm_head.weight, load_tiny().lm_head.weight)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(CheckpointDamaged, match="cannot be read"):
+        load(folder)
+
+
+def test_pickled_code_is_neither_run_nor_recommended(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"lm_head.weight": print}, protocol=2))
+    with pytest.raises(CheckpointDamaged, match="more than tensors") as caught:
+        load(folder)
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_a_device_that_is_not_there_is_not_called_damage(folder):
+    with pytest.raises(RuntimeError, match="device"):
+        load(folder, device_map={"": 0})
 
 
 def test_loading_info_is_given_instead_of_a_refusal(folder):
