@@ -85,30 +85,31 @@ def is_disk_full(error: BaseException) -> bool:
     return "no space left on device" in text or "disk quota exceeded" in text
 
 
-def require_space(folder: Path, needed: int) -> None:
+def require_space(folder: Path, needed: int, *, advice: str = _MOVE_HINT) -> None:
     """Refuse before anything is written when a folder's disk has less room than needed.
 
     Args:
         folder: A folder that exists.
         needed: Bytes that will be written.
+        advice: What the user is told to do; by default, how to move the cache.
 
     Raises:
         DiskFull: With how much is needed and where.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise _disk_full(folder, needed, free)
+        raise _disk_full(folder, needed, free, advice=advice)
 
 
 @contextmanager
-def disk_full_explained(folder: Path, needed: int) -> Iterator[None]:
-    """Turn the system's "no space left" into `DiskFull`; `needed` is in bytes."""
+def disk_full_explained(folder: Path, needed: int, *, advice: str = _MOVE_HINT) -> Iterator[None]:
+    """Turn the system's "no space left" into `DiskFull`; arguments as `require_space`."""
     try:
         yield
     except Exception as error:
         if isinstance(error, DiskFull) or not is_disk_full(error):
             raise
-        raise _disk_full(folder, needed) from error
+        raise _disk_full(folder, needed, advice=advice) from error
 
 
 def format_bytes(count: int) -> str:
@@ -119,7 +120,9 @@ def format_bytes(count: int) -> str:
     return f"{count} bytes"
 
 
-def _disk_full(folder: Path, needed: int = 0, free: int | None = None) -> DiskFull:
+def _disk_full(
+    folder: Path, needed: int = 0, free: int | None = None, *, advice: str = _MOVE_HINT
+) -> DiskFull:
     amount = f"{format_bytes(needed)} more are needed" if needed else "More room is needed"
     left = "" if free is None else f" and {format_bytes(free)} are free"
-    return DiskFull(f"The disk of {folder} is full: {amount} there{left}. {_MOVE_HINT}")
+    return DiskFull(f"The disk of {folder} is full: {amount} there{left}. {advice}")

@@ -64,6 +64,22 @@ def embedded_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
+def embedded_v1_folder(embedded_folder: Path) -> Path:
+    """The embedded default in the layout of Qwen v1, 1.3 GB; converted once and kept."""
+    from qwen.convert import CONVERTER_VERSION, convert_checkpoint
+    from qwen.weights_cache import cache_folder, locked
+
+    name = f"{embedded_folder.name}-qwen1-{CONVERTER_VERSION}"
+    folder = cache_folder() / "converted" / name
+    with locked(folder):
+        if not folder.is_dir():
+            # Nobody else writes it while the lock is held: a run was cut short.
+            shutil.rmtree(folder.with_name(name + ".part"), ignore_errors=True)
+            convert_checkpoint(embedded_folder, folder, to="qwen1")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def embedded_backend() -> Iterator[LocalBackend]:
     """The embedded default, loaded once for all integration tests."""
     backend = load_backend("auto", device="cpu")

@@ -44,12 +44,6 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen.generation_qwen": (2.2, "torch transformers"),
     "qwen.modeling_qwen": (2.4, "torch transformers"),
     "qwen.auto": (2.6, "transformers"),
-    # From one layout to the other.
-    "qwen.convert_map": (2.4, "torch"),
-    "qwen.convert_weights": (2.6, "torch safetensors"),
-    "qwen.convert_config": (2.6, "transformers"),
-    "qwen.convert_tokenizer": (2.7, "transformers tokenizers jinja2"),
-    "qwen.convert": (2.8, ""),
     # Qwen v1 ↔ Qwen2 layout.
     "qwen.convert_map": (1, "torch"),
     "qwen.convert_config": (1.5, "transformers"),
