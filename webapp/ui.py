@@ -228,7 +228,7 @@ def _wire_history(c: Components, history: HistoryHandlers) -> None:
     c["next"].click(history.step_forward, inputs, view, **INSTANT_EVENT)
     c["fork"].input(history.choose_fork, [c["fork"], *inputs], view, **INSTANT_EVENT)
     gr.on(
-        [c["box"].input, c["system_prompt"].input, c["max_new_tokens"].release],
+        [c["box"].change, c["system_prompt"].change, c["max_new_tokens"].release],
         history.draft_context,
         [c["box"], *inputs],
         c["context"],
