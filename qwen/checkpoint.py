@@ -22,7 +22,7 @@ from qwen.errors import (
     CheckpointUnsupported,
     HubUnreachable,
 )
-from qwen.gguf import GgufFile, WeightsDtype, convert_gguf, converted_folder, local_gguf
+from qwen.gguf import GgufFile, WeightsDtype, convert_gguf, converted_folder, is_whole, local_gguf
 from qwen.hub import fetch_snapshot
 from qwen.weights_cache import cache_folder
 
@@ -230,7 +230,7 @@ def resolve_embedded(
         generation=model.generation,
     )
     folder = converted_folder(file, dtype=gguf_dtype, cache=cache)
-    if folder.is_dir():
+    if is_whole(folder):
         return folder
     path = fetch_data_file(model.file, folder=cache / "files", report=report)
     return convert_gguf(replace(file, path=path), dtype=gguf_dtype, cache=cache, report=report)

@@ -94,6 +94,17 @@ def converted_folder(file: GgufFile, *, dtype: WeightsDtype, cache: Path) -> Pat
     return cache / "converted" / f"{stem}-{file.key[:16]}-{dtype}-{_LAYOUT}"
 
 
+def is_whole(folder: Path) -> bool:
+    """Tell whether a converted folder is there with all its files at full length."""
+    if not folder.is_dir() or missing_files(folder):
+        return False
+    try:
+        check_weight_files(folder)
+    except CheckpointDamaged:
+        return False
+    return True
+
+
 def convert_gguf(
     file: GgufFile,
     *,
@@ -112,12 +123,13 @@ def convert_gguf(
         OutOfMemory: The weights do not fit into memory.
     """
     folder = converted_folder(file, dtype=dtype, cache=cache)
-    if folder.is_dir():
+    if is_whole(folder):
         return folder
     make_folder(folder.parent)
     with locked(folder, report=report):
-        if folder.is_dir():
+        if is_whole(folder):
             return folder
+        shutil.rmtree(folder, ignore_errors=True)  # damaged, if it is there at all
         beside = folder.with_name(folder.name + ".part")
         shutil.rmtree(beside, ignore_errors=True)
         needed = _count_weights(file.path) * _BYTES_PER_WEIGHT[dtype] + _EXTRA_BYTES

@@ -125,7 +125,8 @@ class ContextUsage:
         system: Tokens of the system message.
         history: Tokens of the kept earlier turns.
         query: Tokens of the newest user message, the opening of the reply and its prefix.
-        limit: The context length, or the smaller budget that was set.
+        limit: Budget of the prompt: the context length, or a smaller one that was set.
+        context_length: Of prompt and reply together; 0 is the same as `limit`.
         dropped: The oldest messages, which do not fit and are left out, oldest first.
         ntk_alpha: By how much dynamic NTK stretches a Qwen v1 model's rotary base for this prompt;
             1 is not at all.
@@ -137,6 +138,7 @@ class ContextUsage:
     limit: int
     dropped: tuple[Message, ...] = ()
     ntk_alpha: int = 1
+    context_length: int = 0
 
     @property
     def prompt(self) -> int:
@@ -146,7 +148,12 @@ class ContextUsage:
     @property
     def left(self) -> int:
         """Tokens that remain for the reply."""
-        return max(self.limit - self.prompt, 0)
+        return max(self.total - self.prompt, 0)
+
+    @property
+    def total(self) -> int:
+        """Tokens of prompt and reply together."""
+        return self.context_length or self.limit
 
 
 @dataclass(frozen=True, slots=True)

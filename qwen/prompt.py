@@ -116,7 +116,13 @@ class PromptBuilder:
         limits.check_size("The text", text)
         ids = self._tokenizer.encode_text(text)
         limits.check_tokens(0, len(ids))
-        usage = ContextUsage(system=0, history=0, query=len(ids), limit=self._limit)
+        usage = ContextUsage(
+            system=0,
+            history=0,
+            query=len(ids),
+            limit=self._limit,
+            context_length=self._context_length,
+        )
         return Prompt(tuple(ids), usage)
 
     def _limits(self, max_new_tokens: int) -> _Limits:
@@ -124,6 +130,7 @@ class PromptBuilder:
         least_reply = min(reserve, MIN_REPLY_TOKENS)
         return _Limits(
             limit=self._limit,
+            context_length=self._context_length,
             with_history=min(self._limit, self._context_length - reserve),
             alone=min(self._limit, self._context_length - least_reply),
         )
@@ -142,6 +149,7 @@ class _Limits:
     """Budgets in tokens: as shown, for a prompt with history, and for one without."""
 
     limit: int
+    context_length: int
     with_history: int
     alone: int
 
@@ -290,6 +298,7 @@ class _ChatFitter:
             history=len(ids) - system - query,
             query=query,
             limit=self._limits.limit,
+            context_length=self._limits.context_length,
             dropped=tuple(message for turn in self._turns[:first] for message in turn),
         )
         return Prompt(tuple(ids), usage)

@@ -69,7 +69,9 @@ class ChatPage:
 
     def sending(self, text: Any) -> Iterator[None]:
         self.box = text
-        return self.rounds(self.reply.send(REQUEST, self.box, self.session, *self._values))
+        return self.rounds(
+            self.reply.send(REQUEST, self.box, self.saved, self.session, *self._values)
+        )
 
     def send(self, text: Any) -> None:
         for _ in self.sending(text):
@@ -77,24 +79,25 @@ class ChatPage:
 
     def edit(self, index: int, text: str) -> None:
         event: Any = SimpleNamespace(index=index, value=text)
-        self.run(self.reply.edit(REQUEST, event, self.session, *self._values))
+        self.run(self.reply.edit(REQUEST, event, self.saved, self.session, *self._values))
 
     def example(self, text: str) -> None:
         event: Any = SimpleNamespace(value={"text": text})
-        self.run(self.reply.send_example(REQUEST, event, self.session, *self._values))
+        self.run(self.reply.send_example(REQUEST, event, self.saved, self.session, *self._values))
 
     def regenerate(self) -> None:
-        self.run(self.reply.regenerate(REQUEST, self.session, *self._values))
+        self.run(self.reply.regenerate(REQUEST, self.saved, self.session, *self._values))
 
     def continue_reply(self) -> None:
-        self.run(self.reply.continue_reply(REQUEST, self.session, *self._values))
+        self.run(self.reply.continue_reply(REQUEST, self.saved, self.session, *self._values))
 
     def undo(self) -> None:
-        self.take(self.history.undo(self.box, self.session, *self._values))
+        self.do("undo", self.box)
 
     def do(self, name: str, *inputs: Any) -> None:
         """Press a button of `HistoryHandlers`."""
-        self.take(getattr(self.history, name)(*inputs, self.session, *self._values))
+        event = getattr(self.history, name)
+        self.take(event(REQUEST, *inputs, self.saved, self.session, *self._values))
 
     # What a user sees.
 

@@ -73,12 +73,12 @@ class Stranger:
 
     def send(self, text: Any, **change: Any) -> list[dict[str, Any]]:
         """Send a message with these settings instead of the default ones."""
-        return self.queued("send", text, None, *controls(**change))
+        return self.queued("send", text, None, None, *controls(**change))
 
     @contextmanager
     def sending(self, text: Any, **change: Any) -> Iterator[Iterator[dict[str, Any]]]:
         """Send a message; the reply is written while the block runs."""
-        self.join("send", text, None, *controls(**change))
+        self.join("send", text, None, None, *controls(**change))
         with self.listening() as messages:
             yield messages
 

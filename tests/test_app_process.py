@@ -155,7 +155,7 @@ def test_users_text_is_not_printed(writing_app, open_port):
     stranger = Stranger(f"http://127.0.0.1:{open_port}/")
     for text, top_k in ((f"refused {MARKER}", 1.5), (MARKER * 100_000, 5)):
         assert 'role=\\"alert\\"' in json.dumps(stranger.send(text, top_k=top_k)[-1])
-    stranger.instant("undo", MARKER, None, *controls(system_prompt=MARKER))
+    stranger.instant("undo", MARKER, None, None, *controls(system_prompt=MARKER))
     stranger.client.close()
     seconds_to_end(writing_app, signal.SIGINT)
     assert MARKER not in writing_app.output

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from local_hub import COMMIT, LocalHub, SilentServer
+from tiny_checkpoint import write_tiny_folder
 
 import qwen.checkpoint
 import qwen.hub
@@ -376,6 +377,6 @@ def test_converted_model_is_taken_without_its_gguf_file_or_a_network(tmp_path: P
     model = GgufModel("Tiny", DataFile("x.gguf", 1, "0" * 64, (carrier,)), {})
     file = GgufFile(path=tmp_path / "gone", key="0" * 64, name="Tiny")
     folder = converted_folder(file, dtype="bfloat16", cache=tmp_path)
-    folder.mkdir(parents=True)
+    write_tiny_folder(folder)
     assert resolve_embedded(model=model, cache=tmp_path) == folder
     assert not (tmp_path / "files").exists()

@@ -107,6 +107,15 @@ def test_second_conversion_opens_no_gguf_file(
     assert convert_gguf(file, dtype="float32", cache=tmp_path) == first
 
 
+def test_damaged_conversion_is_thrown_away_and_made_anew(tiny: Path, tmp_path: Path) -> None:
+    file = local_gguf(tiny)
+    weights = convert_gguf(file, dtype="float32", cache=tmp_path) / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    assert convert_gguf(file, dtype="float32", cache=tmp_path) == weights.parent
+    assert weights.read_bytes() == whole
+
+
 def test_changed_file_is_converted_anew(tiny: Path, tmp_path: Path) -> None:
     path = Path(shutil.copy2(tiny, tmp_path / "mine.gguf"))
     before = local_gguf(path)

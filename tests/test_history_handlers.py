@@ -140,13 +140,14 @@ def test_undo_clear_and_step_wait_for_the_running_reply():
     assert page.session.conversation != before
 
 
-@pytest.mark.parametrize("name", ["clear", "show_earlier", "step_back", "step_forward"])
-def test_event_before_the_page_was_opened_changes_nothing(name):
-    page = ChatPage(FakeBackend())
-    page.do(name)
-    assert page.session is None
+def test_page_that_outlived_its_server_undoes_and_clears_its_own_history():
+    page = page_with("a", "b")
+    page.session = None  # the server was started anew
     page.undo()
-    assert page.session is None
+    assert page.texts == ["a", "r"]
+    page.session = None
+    page.do("clear")
+    assert page.texts == []
 
 
 # Versions

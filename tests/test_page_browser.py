@@ -318,6 +318,25 @@ def test_history_survives_a_restart_of_the_server(open_tab, open_port):
         demo.close(verbose=False)
 
 
+def test_tab_that_stays_open_over_a_restart_of_the_server_keeps_its_history(open_tab, open_port):
+    settings = Settings(server_port=open_port)
+    demo = launch_page(settings, ready(FakeBackend("alpha")))
+    tab = open_tab(f"http://127.0.0.1:{open_port}/")
+    tab.ask("one")
+    demo.server.force_exit = True  # as when the process ends: it waits for no open page
+    demo.close(verbose=False)
+    demo = launch_page(settings, ready(backend := FakeBackend("beta")))
+    try:
+        tab.ask("two")
+        assert [m.content for m in backend.requests[0].messages[1:]] == ["one", "alpha", "two"]
+        tab.open()
+        tab.expect_questions("one", "two")
+        tab.problems.clear()  # the connection to the first server was lost, as it must be
+        tab.page.goto("about:blank")
+    finally:
+        demo.close(verbose=False)
+
+
 def test_two_browsers_see_nothing_of_each_other(open_tab, serve_page):
     url = serve_page(FakeBackend(lambda request: f"re {request.messages[-1].content}"))
     first, second = open_tab(url), open_tab(url)
@@ -330,7 +349,7 @@ def test_two_browsers_see_nothing_of_each_other(open_tab, serve_page):
         assert f"secret of the {other}" not in tab.page.content()
 
 
-def test_second_tab_opens_with_the_history_and_both_go_on_by_themselves(
+def test_second_tab_opens_with_the_history_and_each_shows_what_the_other_wrote(
     open_tab, serve_page, new_context
 ):
     backend = FakeBackend(lambda request: f"re {request.messages[-1].content}")
@@ -339,19 +358,16 @@ def test_second_tab_opens_with_the_history_and_both_go_on_by_themselves(
     first.ask("one")
     second = open_tab(url, context)
     second.expect_questions("one")
-    expect(first.other_tab_notice).not_to_be_visible()
+    first.box.fill("half a message")
     second.ask("two")
-    expect(first.other_tab_notice).to_be_visible()
-    expect(second.other_tab_notice).not_to_be_visible()
+    first.expect_questions("one", "two")  # it has loaded again by itself
+    expect(first.box).to_have_value("half a message")
+    expect(first.other_tab_notice).not_to_be_visible()
     first.ask("three")
-    assert [m.content for m in backend.requests[-1].messages[1:]] == ["one", "re one", "three"]
-    first.expect_questions("one", "three")
-    second.expect_questions("one", "two")
-    second.open()
-    expect(second.questions).to_have_count(2)
+    said = [m.content for m in backend.requests[-1].messages[1:]]
+    assert said == ["one", "re one", "two", "re two", "three"]
+    second.expect_questions("one", "two", "three")
     expect(second.alert).to_have_count(0)
-    second.ask("four")
-    expect(second.questions).to_have_count(3)
 
 
 def test_two_tabs_stream_at_the_same_time(open_tab, serve_page, new_context):
@@ -367,6 +383,30 @@ def test_two_tabs_stream_at_the_same_time(open_tab, serve_page, new_context):
     expect(second.stop_button).to_be_visible()
     second.stop_button.click()
     second.wait_for_end()
+    for tab, question in ((first, "one"), (second, "two")):
+        expect(tab.other_tab_notice).to_be_visible()
+        tab.expect_questions(question)  # neither has thrown its own away
+
+
+def test_long_message_is_edited_in_a_box_of_the_chats_width(chat):
+    tab = chat(FakeBackend("re"))
+    tab.ask("short")
+    tab.page.locator('#chat button[aria-label="Edit"]').click()
+    field, chat_log = tab.page.locator("#chat textarea"), tab.page.locator("#chat")
+    assert field.bounding_box()["width"] > 0.7 * chat_log.bounding_box()["width"]
+    assert field.bounding_box()["height"] > 100
+
+
+def test_negative_seed_is_refused_and_the_conversation_stays_in_sight(chat):
+    tab = chat(FakeBackend("re"))
+    tab.ask("one")
+    tab.open_settings()
+    tab.page.get_by_label("Seed").fill("-5")
+    tab.box.fill("two")
+    tab.box.press("Enter")
+    expect(tab.alert).to_contain_text("seed must be")
+    expect(tab.box).to_have_value("two")
+    tab.expect_questions("one")
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["speaking", "silent"])

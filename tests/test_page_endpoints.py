@@ -70,7 +70,8 @@ def test_wrong_setting_never_reaches_the_model(stranger, name, value):
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("temperature", 99, "Value 99 is greater than maximum value 2"),  # Gradio's own check
+        ("temperature", 99, "temperature must be a number from 0 to 2"),
+        ("temperature", "abc", "temperature must be a number from 0 to 2"),
         ("top_k", 1.5, "top_k must be a whole number"),
         ("seed", 2**70, "seed must be a whole number"),
     ],
@@ -166,7 +167,7 @@ def test_other_sessions_stop_does_not_stop_this_ones_reply(stranger, serve_page)
     url = serve_page(backend := FakeBackend("alpha beta"))
     backend.gate.clear()
     one, other = stranger(url), stranger(url)
-    one.join("send", "hello", None, *controls())
+    one.join("send", "hello", None, None, *controls())
     wait_until(lambda: backend.active)
     other.open()
     other.instant("stop", None)
@@ -181,7 +182,7 @@ def test_edit_of_a_place_that_is_no_question_does_not_reach_the_model(stranger, 
     someone.send("hello")
     backend.requests.clear()
     event = {"index": index, "value": "forged", "previous_value": "hello"}
-    answer = someone.queued("edit", None, *controls(), event_data=event)
+    answer = someone.queued("edit", None, None, *controls(), event_data=event)
     assert "Traceback" not in json.dumps(answer)
     if index != [0, 0]:  # Gradio's own form of "the first message"
         assert not backend.requests

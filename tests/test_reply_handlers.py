@@ -390,13 +390,47 @@ def test_stop_without_a_reply_changes_nothing():
 def test_closed_tab_ends_the_stream_even_while_the_model_is_silent():
     page = ChatPage(backend := FakeBackend("one"))
     backend.gate.clear()
-    events = page.reply.send(REQUEST, "a", None, *page.controls.values())
+    events = page.reply.send(REQUEST, "a", None, None, *page.controls.values())
     page.take(next(events))
     next(events)
     wait_until(lambda: backend.active)
     events.close()
     wait_until(lambda: not backend.active)
     assert not page.session.is_busy
+
+
+def test_page_that_outlived_its_server_goes_on_with_its_history():
+    page = ChatPage(FakeBackend("re"))
+    page.send("a")
+    page.session = None  # the server was started anew
+    page.send("b")
+    assert page.texts == ["a", "re", "b", "re"]
+    assert len(page.saved["conversation"]["nodes"]) == 4
+
+
+def test_refused_message_leaves_the_figures_of_the_last_reply_alone():
+    page = ChatPage(FakeBackend("re", limit=20))
+    page.send("a")
+    before = page.bubbles
+    page.send("word " * 50)
+    assert page.bubbles == before
+
+
+def test_message_edited_to_nothing_is_shown_again():
+    page = ChatPage(FakeBackend("re"))
+    page.send("a")
+    page.shown["chatbot"]["value"] = []  # the browser shows what was typed
+    page.edit(0, "")
+    assert page.texts == ["a", "re"]
+
+
+@pytest.mark.parametrize("value", [99, -1, "abc", None, float("nan"), True, [0.5]])
+def test_wrong_setting_is_named_and_the_text_stays(value):
+    page = ChatPage(FakeBackend("re"))
+    page.controls["temperature"] = value
+    page.send("a")
+    assert "temperature must be a number from 0 to 2" in page.notice
+    assert page.box == "a"
 
 
 def test_reply_without_any_text_says_so_and_adds_no_empty_message():

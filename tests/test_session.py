@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from webapp.conversation import Conversation, ReplyNote
-from webapp.session import PageBusy, PageSession, new_session
+from webapp.session import PageBusy, PageSession, restored_session
 from webapp.text import Words
 
 
@@ -83,6 +83,6 @@ def test_question_without_a_reply_cannot_be_continued():
 
 
 def test_session_speaks_the_language_of_its_browser():
-    page = new_session(SimpleNamespace(headers={"accept-language": "ja,en;q=0.5"}))
+    request = SimpleNamespace(headers={"accept-language": "ja,en;q=0.5"})
+    page, _ = restored_session(request, None)
     assert page.words("send") == "送信"
-    assert new_session(None).words("send") == "Send"

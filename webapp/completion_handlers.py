@@ -13,7 +13,7 @@ from qwen.errors import QwenError
 from qwen.messages import ChatRequest
 from webapp.controls import sampling_params
 from webapp.reply_stream import reply_note, stream_snapshots
-from webapp.session import PageSession, new_session
+from webapp.session import PageSession, restored_session
 from webapp.views import note_text, notice_html
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class CompletionHandlers:
         self, request: gr.Request, text: str, session: PageSession | None, *controls: Any
     ) -> Iterator[tuple[Any, ...]]:
         """Continue the text in place; on an error it stays as it was."""
-        session = session or new_session(request)
+        session = session or restored_session(request, None)[0]
         grown, note = text, ""
         try:
             with session.reply() as cancel:

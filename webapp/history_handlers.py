@@ -12,13 +12,12 @@ from typing import Any
 import gradio as gr
 
 from qwen.backend import DeferredBackend
-from qwen.errors import QwenError
 from qwen.messages import Message, SamplingParams
 from webapp.controls import Controls, control_values, restored_controls
-from webapp.conversation import Conversation, parse_conversation
+from webapp.conversation import Conversation
 from webapp.export import Transcript, export_html, export_json, export_markdown
 from webapp.page_updates import PageUpdates, Updates
-from webapp.session import PageSession, new_session
+from webapp.session import PageSession, restored_session
 from webapp.settings import Settings
 from webapp.views import WINDOW, note_text
 
@@ -43,55 +42,73 @@ class HistoryHandlers:
 
     def open_page(self, request: gr.Request, saved: object) -> tuple[Any, ...]:
         """Restore what this browser stored; returns updates for `VIEW` and `CONTROLS`."""
-        session = new_session(request)
-        stored: Mapping[str, Any] = saved if isinstance(saved, Mapping) else {}
-        notice = ""
-        if stored.get("conversation") is not None:
-            try:
-                session.conversation = parse_conversation(stored["conversation"])
-            except QwenError as error:
-                notice = str(error)
+        session, notice = restored_session(request, saved)
+        stored = saved if isinstance(saved, Mapping) else {}
         controls = restored_controls(stored.get("controls"), self.default_controls())
         return (*self._page.opened(session, controls, notice=notice), *controls)
 
-    def undo(self, box: str, session: PageSession | None, *controls: Any) -> Updates:
+    def undo(
+        self,
+        request: gr.Request,
+        box: str,
+        saved: object,
+        session: PageSession | None,
+        *controls: Any,
+    ) -> Updates:
         """Step back before the last question and put its text into an empty box."""
-        if session is None or session.is_busy:
+        session = session or restored_session(request, saved)[0]
+        if session.is_busy:
             return self._page.none()
         session.conversation, text = session.conversation.undo()
         return self._page.whole(session, controls, box=None if box.strip() else text)
 
-    def clear(self, session: PageSession | None, *controls: Any) -> Updates:
-        """Begin a new conversation; a running reply is stopped."""
-        if session is None or session.is_busy:
+    def clear(
+        self, request: gr.Request, saved: object, session: PageSession | None, *controls: Any
+    ) -> Updates:
+        """Begin a new conversation; nothing happens while a reply is being written."""
+        session = session or restored_session(request, saved)[0]
+        if session.is_busy:
             return self._page.none()
         session.conversation, session.window = Conversation(), WINDOW
         return self._page.whole(session, controls)
 
-    def show_earlier(self, session: PageSession | None, *controls: Any) -> Updates:
+    def show_earlier(
+        self, request: gr.Request, saved: object, session: PageSession | None, *controls: Any
+    ) -> Updates:
         """Show more of a long conversation."""
-        if session is None:
-            return self._page.none()
+        session = session or restored_session(request, saved)[0]
         session.window += WINDOW
         return self._page.whole(session, controls, save=False)
 
-    def choose_fork(self, node_id: object, session: PageSession | None, *controls: Any) -> Updates:
+    def choose_fork(
+        self,
+        request: gr.Request,
+        node_id: object,
+        saved: object,
+        session: PageSession | None,
+        *controls: Any,
+    ) -> Updates:
         """Let the stepper work on another message."""
-        if session is None or node_id not in session.conversation.forks:
+        session = session or restored_session(request, saved)[0]
+        if node_id not in session.conversation.forks:
             return self._page.none()
         session.fork = node_id if isinstance(node_id, int) else None
         return self._page.whole(session, controls, save=False)
 
-    def step_back(self, session: PageSession | None, *controls: Any) -> Updates:
+    def step_back(
+        self, request: gr.Request, saved: object, session: PageSession | None, *controls: Any
+    ) -> Updates:
         """Show the previous version of the stepper's message."""
-        return self._step(session, controls, -1)
+        return self._step(session or restored_session(request, saved)[0], controls, -1)
 
-    def step_forward(self, session: PageSession | None, *controls: Any) -> Updates:
+    def step_forward(
+        self, request: gr.Request, saved: object, session: PageSession | None, *controls: Any
+    ) -> Updates:
         """Show the next version of the stepper's message."""
-        return self._step(session, controls, +1)
+        return self._step(session or restored_session(request, saved)[0], controls, +1)
 
-    def _step(self, session: PageSession | None, controls: Controls, offset: int) -> Updates:
-        if session is None or session.is_busy or session.stepped_fork is None:
+    def _step(self, session: PageSession, controls: Controls, offset: int) -> Updates:
+        if session.is_busy or session.stepped_fork is None:
             return self._page.none()
         place = [node.id for node in session.conversation.path].index(session.stepped_fork)
         session.conversation = session.conversation.step(session.stepped_fork, offset)

@@ -47,15 +47,43 @@
     field.dispatchEvent(new Event("input", { bubbles: true }));
   });
 
-  // A reply that begins here (its Stop button appears) is told to the browser's other tabs, which
-  // share one stored history: they show a notice (style.css).
+  // Tabs of one browser share one stored history. When a reply has ended in one, the others show
+  // it by loading again, with their half-written message kept; a tab that was writing at the same
+  // time, or in which a message is being edited, shows a notice instead (style.css).
+  const DRAFT = "qwen-chat-draft";
+  const STORED_AFTER_MS = 500; // Gradio stores the history just after the Stop button goes
+  const box = () => document.querySelector("#box textarea");
   const tabs = new BroadcastChannel("qwen-chat");
-  tabs.onmessage = () => document.getElementById("other-tab")?.classList.add("shown");
-  let wasWriting = false;
+  let isWriting = false;
+  let isWritingElsewhere = false;
+  let overlapped = false;
+  tabs.onmessage = (event) => {
+    isWritingElsewhere = event.data === "reply begins";
+    overlapped ||= isWriting || document.querySelector("textarea.edit-textarea") !== null;
+    if (overlapped) {
+      document.getElementById("other-tab")?.classList.add("shown");
+    } else if (event.data === "reply ended") {
+      sessionStorage.setItem(DRAFT, box()?.value ?? "");
+      location.reload();
+    }
+  };
   new MutationObserver(() => {
-    const isWriting = document.getElementById("stop") !== null;
-    if (isWriting && !wasWriting) tabs.postMessage("a reply begins");
-    wasWriting = isWriting;
+    const draft = box() && sessionStorage.getItem(DRAFT);
+    if (draft) {
+      box().value = draft;
+      box().dispatchEvent(new Event("input", { bubbles: true }));
+    }
+    if (box()) sessionStorage.removeItem(DRAFT);
+
+    const wasWriting = isWriting;
+    isWriting = document.getElementById("stop") !== null;
+    if (isWriting && !wasWriting) {
+      overlapped ||= isWritingElsewhere;
+      tabs.postMessage("reply begins");
+    }
+    if (wasWriting && !isWriting) {
+      setTimeout(() => tabs.postMessage("reply ended"), STORED_AFTER_MS);
+    }
   }).observe(document, { childList: true, subtree: true });
 
   // Gradio sends on Enter even when Enter only confirms a candidate of an input method. Safari

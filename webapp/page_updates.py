@@ -70,7 +70,12 @@ class PageUpdates:
 
     def refused(self, session: PageSession, notice: str, *, box: str | None = None) -> Updates:
         """Say why nothing was done; a reply that is being written goes on."""
-        changed: dict[str, Any] = {"session": session, "notice": notice_html(notice)}
+        changed: dict[str, Any] = {
+            "session": session,
+            # An edit in place has changed what the browser shows.
+            "chatbot": self._messages(session, growing=session.is_busy),
+            "notice": notice_html(notice),
+        }
         if box is not None:
             changed["box"] = box
         return self._named(**changed)

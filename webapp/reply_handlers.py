@@ -23,7 +23,7 @@ from webapp.conversation import Conversation
 from webapp.page_updates import PageUpdates, Updates
 from webapp.render import restore_text
 from webapp.reply_stream import HEARTBEAT_SECONDS, Growth, Snapshot, stream_snapshots
-from webapp.session import PageBusy, PageSession, new_session
+from webapp.session import PageBusy, PageSession, restored_session
 from webapp.views import loading_text
 
 logger = logging.getLogger(__name__)
@@ -40,28 +40,43 @@ class ReplyHandlers:
         self._page = page
 
     def send(
-        self, request: gr.Request, text: str, session: PageSession | None, *controls: Any
+        self,
+        request: gr.Request,
+        text: str,
+        saved: object,
+        session: PageSession | None,
+        *controls: Any,
     ) -> Iterator[Updates]:
         """Send the message box's text and stream the reply."""
-        session = session or new_session(request)
+        session = session or restored_session(request, saved)[0]
         text = text if isinstance(text, str) else ""
         yield from self._reply(
             session, controls, lambda chat: chat.ask(text), typed=text, from_box=True
         )
 
     def send_example(
-        self, request: gr.Request, event: gr.SelectData, session: PageSession | None, *controls: Any
+        self,
+        request: gr.Request,
+        event: gr.SelectData,
+        saved: object,
+        session: PageSession | None,
+        *controls: Any,
     ) -> Iterator[Updates]:
         """Send the example prompt that was clicked."""
-        session = session or new_session(request)
+        session = session or restored_session(request, saved)[0]
         text = str(event.value["text"])
         yield from self._reply(session, controls, lambda chat: chat.ask(text), typed=text)
 
     def edit(
-        self, request: gr.Request, event: gr.EditData, session: PageSession | None, *controls: Any
+        self,
+        request: gr.Request,
+        event: gr.EditData,
+        saved: object,
+        session: PageSession | None,
+        *controls: Any,
     ) -> Iterator[Updates]:
         """Make another version of an earlier message and stream the reply to it."""
-        session = session or new_session(request)
+        session = session or restored_session(request, saved)[0]
         index = event.index if isinstance(event.index, int) else event.index[0]
         shown = session.conversation.path[-session.window :]
         text = restore_text(str(event.value))
@@ -72,10 +87,10 @@ class ReplyHandlers:
         yield from self._reply(session, controls, lambda chat: chat.edit(node_id, text), typed=text)
 
     def regenerate(
-        self, request: gr.Request, session: PageSession | None, *controls: Any
+        self, request: gr.Request, saved: object, session: PageSession | None, *controls: Any
     ) -> Iterator[Updates]:
         """Stream another version of the last reply; the earlier ones stay."""
-        session = session or new_session(request)
+        session = session or restored_session(request, saved)[0]
         asked = session.conversation.last_question
         if asked is None:
             yield self._page.refused(session, session.words("nothing_to_regenerate"))
@@ -83,10 +98,10 @@ class ReplyHandlers:
         yield from self._reply(session, controls, lambda chat: replace(chat, leaf=asked))
 
     def continue_reply(
-        self, request: gr.Request, session: PageSession | None, *controls: Any
+        self, request: gr.Request, saved: object, session: PageSession | None, *controls: Any
     ) -> Iterator[Updates]:
         """Go on with a reply that was cut off or stopped."""
-        session = session or new_session(request)
+        session = session or restored_session(request, saved)[0]
         if not session.can_continue:
             yield self._page.refused(session, session.words("nothing_to_continue"))
             return
@@ -134,7 +149,7 @@ class ReplyHandlers:
                 session.notice = message
                 yield self._page.whole(session, controls)
             else:
-                session.conversation = before
+                session.conversation, session.notice = before, ""
                 yield self._page.whole(session, controls, box=typed, notice=message)
         finally:
             if not session.is_busy:  # else it belongs to the reply that goes on

@@ -19,7 +19,7 @@ from webapp.conversation import Conversation, ReplyNote
 logger = logging.getLogger(__name__)
 
 #: Between two pictures of a growing reply; more often only saturates the browser.
-PACE_SECONDS = 0.08
+PACE_SECONDS = 0.1
 #: Between two pictures while nothing new came.
 HEARTBEAT_SECONDS = 0.25
 

@@ -102,6 +102,7 @@ def launch_page(settings: Settings, backend: DeferredBackend) -> Any:
     """
     # Before the import: Gradio reads it there, and otherwise asks its makers' server at start.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ.pop("GRADIO_SERVER_PORT", None)  # is in the settings, unless it was overruled
     import gradio as gr
     from starlette.middleware import Middleware
 
@@ -142,9 +143,13 @@ def launch_page(settings: Settings, backend: DeferredBackend) -> Any:
     except OSError as error:
         raise StartupError(
             f"Port {settings.server_port} on {settings.server_name} cannot be used: another "
-            "program may be listening there. Stop it, or choose another port with --server-port."
+            "program may be listening there. Stop it, or choose another port with --server-port; "
+            "with --server-name, name an address of this machine."
         ) from error
-    print(f"Open {local_url}", flush=True)
+    from tqdm import tqdm
+
+    tqdm.write(f"Open {local_url}")  # on a line of its own, beside a bar that is being drawn
+    sys.stdout.flush()
     if settings.share and not share_url:
         print(
             "Warning: no public link could be made, since Gradio's share service did not answer. "

@@ -6,13 +6,13 @@ The conversation here is the canonical one. What a browser sends is read once, w
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import gradio as gr
 
-from qwen.errors import InvalidRequest
-from webapp.conversation import Conversation
+from qwen.errors import InvalidConversation, InvalidRequest
+from webapp.conversation import Conversation, parse_conversation
 from webapp.text import Words, words_for
 from webapp.views import WINDOW
 
@@ -87,7 +87,20 @@ class PageSession:
         return note is None or note.finish_reason in ("length", "cancelled")
 
 
-def new_session(request: gr.Request | None) -> PageSession:
-    """Make the session of a page that was just opened, in its browser's language."""
-    language = request.headers.get("accept-language") if request is not None else None
-    return PageSession(words_for(language))
+def restored_session(request: gr.Request, saved: object) -> tuple[PageSession, str]:
+    """Make a page's session from what its browser stored, in the browser's language.
+
+    Used when a page opens, and when a page outlives the server that knew it.
+
+    Returns:
+        The session, and a notice when the stored conversation was refused.
+    """
+    session = PageSession(words_for(request.headers.get("accept-language")))
+    stored = saved.get("conversation") if isinstance(saved, Mapping) else None
+    if stored is None:
+        return session, ""
+    try:
+        session.conversation = parse_conversation(stored)
+    except InvalidConversation as error:
+        return session, str(error)
+    return session, ""

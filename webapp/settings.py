@@ -16,8 +16,9 @@ DEFAULT_PORT = 8000
 STUDIO_HOST, STUDIO_PORT = "0.0.0.0", 7860
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
-DESCRIPTION = "Chat with a Qwen model in the browser. Without any flag, a small real Qwen runs on \
-this machine's CPU."
+DESCRIPTION = """\
+Chat with a Qwen model in the browser. Without any flag, a small real Qwen runs on this
+machine's CPU."""
 
 EPILOG = """\
 checkpoints:

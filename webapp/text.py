@@ -149,6 +149,11 @@ _TABLE: dict[str, tuple[str, str, str]] = {
         "{tokens} 词元 · {speed} 词元/秒 · 首词元 {first} 秒 · {finish}",
         "{tokens} トークン · {speed} トークン/秒 · 最初のトークンまで {first} 秒 · {finish}",
     ),
+    "note_short": (
+        "{tokens} token(s) · first token after {first} s · {finish}",
+        "{tokens} 词元 · 首词元 {first} 秒 · {finish}",
+        "{tokens} トークン · 最初のトークンまで {first} 秒 · {finish}",
+    ),
     "note_dropped": (
         "{count} earlier messages did not fit and were left out",
         "有 {count} 条较早的消息放不下,已略去",
@@ -170,6 +175,11 @@ _TABLE: dict[str, tuple[str, str, str]] = {
         "剩余 {left} / {limit} 词元可用于回复",
         "返信に使える残り {left} / {limit} トークン",
     ),
+    "context_budget": (
+        "the prompt may take {limit}",
+        "提示最多 {limit}",
+        "プロンプトは最大 {limit}",
+    ),
     "context_ntk": (
         "Longer than the model's training length: dynamic NTK applies, alpha {alpha}.",
         "超过模型的训练长度:启用动态 NTK,alpha = {alpha}。",
@@ -181,11 +191,11 @@ _TABLE: dict[str, tuple[str, str, str]] = {
         "最も古い {count} 件は収まらないため省かれます:",
     ),
     "other_tab": (
-        "A conversation was continued in another tab. Reload to see it; what you write here "
-        "replaces it in this browser's memory.",
-        "另一个标签页中继续了对话。刷新即可查看;在这里继续写会在本浏览器中取代它。",
-        "別のタブで会話が続けられました。再読み込みで表示されます。"
-        "ここで書くと、このブラウザの記録が置き換わります。",
+        "Two tabs wrote at the same time. This browser keeps the conversation of the tab that "
+        "finishes last: save this one (⚙) before you reload.",
+        "两个标签页同时在写。本浏览器只保留最后完成的标签页的对话:刷新前请先保存此对话(⚙)。",
+        "2 つのタブで同時に書かれました。このブラウザには最後に終わったタブの会話が残ります。"
+        "再読み込みの前にこの会話を保存してください(⚙)。",
     ),
     "unexpected": (
         "Something unexpected went wrong; the server's log has the details. "

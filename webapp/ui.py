@@ -1,6 +1,6 @@
 """The layout of the page: which components there are, where they stand, what they trigger.
 
-All behaviour is in `webapp.handlers`; all words are in `webapp.text`.
+All behaviour is in the `webapp.*_handlers`; all words are in `webapp.text`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 
 import gradio as gr
 
-from qwen.messages import SAMPLING_RANGES
 from webapp.completion_handlers import COMPLETION_VIEW, CompletionHandlers
 from webapp.controls import CONTROLS, Controls
 from webapp.history_handlers import HistoryHandlers
@@ -95,6 +94,26 @@ def build_page(handlers: Handlers) -> gr.Blocks:
     return demo
 
 
+class _Slider(gr.Slider):
+    """A slider whose value is checked by `qwen.messages`, with words that name the setting."""
+
+    is_template = True  # the browser sees an ordinary slider
+
+    def preprocess(self, payload: Any) -> Any:
+        """Hand over what was sent."""
+        return payload
+
+
+class _Number(gr.Number):
+    """A number that is checked by `qwen.messages`, with words that name the setting."""
+
+    is_template = True
+
+    def preprocess(self, payload: Any) -> Any:
+        """Hand over what was sent."""
+        return payload
+
+
 def _build_settings(c: Components, t: gr.I18n, controls: Controls) -> None:
     values = dict(zip(CONTROLS, controls, strict=True))
     with gr.Sidebar(open=False, label=t("settings"), width=340):
@@ -108,7 +127,7 @@ def _build_settings(c: Components, t: gr.I18n, controls: Controls) -> None:
             ("repetition_penalty", 0.01, 0.8, 2),
             ("max_new_tokens", 16, 16, 8192),
         ):
-            c[name] = gr.Slider(
+            c[name] = _Slider(
                 low,
                 high,
                 values[name],
@@ -116,8 +135,7 @@ def _build_settings(c: Components, t: gr.I18n, controls: Controls) -> None:
                 label=t(name),
                 info=t("temperature_info") if name == "temperature" else None,
             )
-        seed = SAMPLING_RANGES["seed"]
-        c["seed"] = gr.Number(values["seed"], label=t("seed"), precision=0, minimum=seed.low)
+        c["seed"] = _Number(values["seed"], label=t("seed"), precision=0)
         gr.Markdown(t("export"))
         with gr.Row():
             for kind, label in (("html", "HTML"), ("json", "JSON"), ("markdown", "Markdown")):
@@ -209,7 +227,7 @@ INSTANT_EVENT: dict[str, Any] = {
 
 def _wire_replies(c: Components, reply: ReplyHandlers) -> None:
     view = [c[name] for name in VIEW]
-    inputs = [c["session"], *(c[name] for name in CONTROLS)]
+    inputs = [c["saved"], c["session"], *(c[name] for name in CONTROLS)]
     gr.on([c["box"].submit, c["send"].click], reply.send, [c["box"], *inputs], view, **REPLY_EVENT)
     c["chatbot"].example_select(reply.send_example, inputs, view, **REPLY_EVENT)
     c["chatbot"].edit(reply.edit, inputs, view, **REPLY_EVENT)
@@ -220,9 +238,9 @@ def _wire_replies(c: Components, reply: ReplyHandlers) -> None:
 
 def _wire_history(c: Components, history: HistoryHandlers) -> None:
     view = [c[name] for name in VIEW]
-    inputs = [c["session"], *(c[name] for name in CONTROLS)]
+    inputs = [c["saved"], c["session"], *(c[name] for name in CONTROLS)]
     c["undo"].click(history.undo, [c["box"], *inputs], view, **INSTANT_EVENT)
-    gr.on([c["clear"].click, c["chatbot"].clear], history.clear, inputs, view, **INSTANT_EVENT)
+    c["clear"].click(history.clear, inputs, view, **INSTANT_EVENT)
     c["earlier"].click(history.show_earlier, inputs, view, **INSTANT_EVENT)
     c["previous"].click(history.step_back, inputs, view, **INSTANT_EVENT)
     c["next"].click(history.step_forward, inputs, view, **INSTANT_EVENT)
@@ -230,14 +248,14 @@ def _wire_history(c: Components, history: HistoryHandlers) -> None:
     gr.on(
         [c["box"].change, c["system_prompt"].change, c["max_new_tokens"].release],
         history.draft_context,
-        [c["box"], *inputs],
+        [c["box"], *inputs[1:]],
         c["context"],
         trigger_mode="always_last",
         **INSTANT_EVENT,
     )
     for kind in ("html", "json", "markdown"):
         export = getattr(history, f"export_{kind}")
-        c[f"export_{kind}"].click(export, inputs, c["download"], **INSTANT_EVENT).then(
+        c[f"export_{kind}"].click(export, inputs[1:], c["download"], **INSTANT_EVENT).then(
             None, c["download"], None, js=DOWNLOAD_JS
         )
     c["theme"].click(None, None, None, js=THEME_JS)

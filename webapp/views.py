@@ -69,7 +69,7 @@ def _note(node: Node, words: Words) -> str:
 def note_text(note: ReplyNote, words: Words) -> str:
     """Return the line under a reply: tokens, speed, time to first token, why it ended."""
     line = words(
-        "note",
+        "note" if note.tokens > 1 else "note_short",
         tokens=f"{note.tokens:,}",
         speed=f"{note.tokens_per_second:.1f}",
         first=f"{note.time_to_first_token:.1f}",
@@ -127,7 +127,7 @@ def context_html(usage: ContextUsage | None, words: Words) -> str:
         ("history", usage.history, words("context_history")),
         ("query", usage.query, words("context_query")),
     )
-    limit = max(usage.limit, 1)
+    limit = max(usage.total, 1)
     bars = "".join(
         f'<span class="part {kind}" style="width:{min(count / limit, 1) * 100:.3f}%"></span>'
         for kind, count, _ in parts
@@ -135,7 +135,9 @@ def context_html(usage: ContextUsage | None, words: Words) -> str:
     legend = "".join(
         f'<span class="key {kind}">{label} {count:,}</span>' for kind, count, label in parts
     )
-    left = words("context_left", left=f"{usage.left:,}", limit=f"{usage.limit:,}")
+    left = words("context_left", left=f"{usage.left:,}", limit=f"{usage.total:,}")
+    if usage.limit < usage.total:
+        left += " · " + words("context_budget", limit=f"{usage.limit:,}")
     return (
         f'<div class="context" title="{escape(left)}"><div class="bar">{bars}</div>'
         f'<div class="legend">{legend}<span class="key left">{left}</span></div>'
