@@ -42,7 +42,6 @@ DOWNLOAD_JS = """(file) => {
 
 Components = dict[str, Any]
 
-
 def launch_options() -> dict[str, Any]:
     """Return what the look of the page adds to `launch`."""
     script = (FOLDER / "page.js").read_text("utf-8")
@@ -60,7 +59,6 @@ def launch_options() -> dict[str, Any]:
         "i18n": gr.I18n(**TRANSLATIONS),
     }
 
-
 @dataclass(frozen=True, slots=True)
 class Handlers:
     """Everything that the page can trigger."""
@@ -69,7 +67,6 @@ class Handlers:
     history: HistoryHandlers
     completion: CompletionHandlers
     loading: LoadingHandlers
-
 
 def build_page(handlers: Handlers) -> gr.Blocks:
     """Build the whole page."""
@@ -93,8 +90,6 @@ def build_page(handlers: Handlers) -> gr.Blocks:
         _wire_page(demo, c, handlers)
     return demo
 
-from gradio.events import Dependency
-
 class _Slider(gr.Slider):
     """A slider whose value is checked by `qwen.messages`, with words that name the setting."""
 
@@ -103,12 +98,14 @@ class _Slider(gr.Slider):
     def preprocess(self, payload: Any) -> Any:
         """Hand over what was sent."""
         return payload
-    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from collections.abc import Callable, Sequence
+    from typing import TYPE_CHECKING, Any, Literal
+
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
-
 
 class _Number(gr.Number):
     """A number that is checked by `qwen.messages`, with words that name the setting."""
@@ -118,12 +115,14 @@ class _Number(gr.Number):
     def preprocess(self, payload: Any) -> Any:
         """Hand over what was sent."""
         return payload
-    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from collections.abc import Callable, Sequence
+    from typing import TYPE_CHECKING, Any, Literal
+
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
-
 
 def _build_settings(c: Components, t: gr.I18n, controls: Controls) -> None:
     values = dict(zip(CONTROLS, controls, strict=True))
@@ -154,12 +153,10 @@ def _build_settings(c: Components, t: gr.I18n, controls: Controls) -> None:
         c["download"] = gr.JSON(visible=False)
         c["theme"] = gr.Button(t("theme"), size="sm")
 
-
 def _build_header(c: Components, t: gr.I18n) -> None:
     c["title"] = gr.Markdown("# Qwen Chat", elem_id="title")
     c["status"] = gr.HTML(elem_id="status")
     c["retry"] = gr.Button(t("retry"), visible=False, size="sm")
-
 
 def _build_chat(c: Components, t: gr.I18n) -> None:
     c["earlier"] = gr.Button(t("earlier"), visible=False, size="sm")
@@ -203,7 +200,6 @@ def _build_chat(c: Components, t: gr.I18n) -> None:
             c[name] = gr.Button(t(name), size="sm", min_width=80, interactive=False, elem_id=name)
     c["context"] = gr.HTML(elem_id="context")
 
-
 def _build_completion(c: Components, t: gr.I18n) -> None:
     c["text"] = gr.Textbox(
         lines=14,
@@ -220,7 +216,6 @@ def _build_completion(c: Components, t: gr.I18n) -> None:
         )
     c["completion_note"] = gr.HTML(elem_id="completion-note")
 
-
 #: Streamed events: queued by Gradio without a limit worth feeling; the engine keeps the order.
 REPLY_EVENT: dict[str, Any] = {
     "show_progress": "hidden",
@@ -235,7 +230,6 @@ INSTANT_EVENT: dict[str, Any] = {
     "queue": False,
 }
 
-
 def _wire_replies(c: Components, reply: ReplyHandlers) -> None:
     view = [c[name] for name in VIEW]
     inputs = [c["saved"], c["session"], *(c[name] for name in CONTROLS)]
@@ -245,7 +239,6 @@ def _wire_replies(c: Components, reply: ReplyHandlers) -> None:
     c["regenerate"].click(reply.regenerate, inputs, view, **REPLY_EVENT)
     c["continue"].click(reply.continue_reply, inputs, view, **REPLY_EVENT)
     c["stop"].click(reply.stop, [c["session"]], None, **INSTANT_EVENT)
-
 
 def _wire_history(c: Components, history: HistoryHandlers) -> None:
     view = [c[name] for name in VIEW]
@@ -271,13 +264,11 @@ def _wire_history(c: Components, history: HistoryHandlers) -> None:
         )
     c["theme"].click(None, None, None, js=THEME_JS)
 
-
 def _wire_completion(c: Components, completion: CompletionHandlers) -> None:
     inputs = [c["text"], c["session"], *(c[name] for name in CONTROLS)]
     view = [c[name] for name in COMPLETION_VIEW]
     c["complete"].click(completion.complete, inputs, view, **REPLY_EVENT)
     c["stop_completion"].click(completion.stop, [c["session"]], None, **INSTANT_EVENT)
-
 
 def _wire_page(demo: gr.Blocks, c: Components, handlers: Handlers) -> None:
     controls = [c[name] for name in CONTROLS]
