@@ -94,24 +94,14 @@ def build_page(handlers: Handlers) -> gr.Blocks:
     return demo
 
 
-class _Slider(gr.Slider):
-    """A slider whose value is checked by `qwen.messages`, with words that name the setting."""
+def _unchecked(component: Any) -> Any:
+    """Let a component hand over what was sent; `qwen.messages` checks it and names the setting.
 
-    is_template = True  # the browser sees an ordinary slider
-
-    def preprocess(self, payload: Any) -> Any:
-        """Hand over what was sent."""
-        return payload
-
-
-class _Number(gr.Number):
-    """A number that is checked by `qwen.messages`, with words that name the setting."""
-
-    is_template = True
-
-    def preprocess(self, payload: Any) -> Any:
-        """Hand over what was sent."""
-        return payload
+    Gradio's own check fails without a name and hides the whole conversation. Not a subclass:
+    Gradio would write a stub file beside this one.
+    """
+    component.preprocess = lambda payload: payload
+    return component
 
 
 def _build_settings(c: Components, t: gr.I18n, controls: Controls) -> None:
@@ -127,15 +117,10 @@ def _build_settings(c: Components, t: gr.I18n, controls: Controls) -> None:
             ("repetition_penalty", 0.01, 0.8, 2),
             ("max_new_tokens", 16, 16, 8192),
         ):
-            c[name] = _Slider(
-                low,
-                high,
-                values[name],
-                step=step,
-                label=t(name),
-                info=t("temperature_info") if name == "temperature" else None,
-            )
-        c["seed"] = _Number(values["seed"], label=t("seed"), precision=0)
+            info = t("temperature_info") if name == "temperature" else None
+            slider = gr.Slider(low, high, values[name], step=step, label=t(name), info=info)
+            c[name] = _unchecked(slider)
+        c["seed"] = _unchecked(gr.Number(values["seed"], label=t("seed"), precision=0))
         gr.Markdown(t("export"))
         with gr.Row():
             for kind, label in (("html", "HTML"), ("json", "JSON"), ("markdown", "Markdown")):

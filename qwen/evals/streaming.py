@@ -98,7 +98,7 @@ def connect(url: str, tokens: int) -> Callable[[], float]:
 
     def ask() -> float:
         page = uuid.uuid4().hex
-        # The message, what the browser stored, the page's session, then the controls in their order.
+        # The message, the browser's storage, the page's session, the controls in their order.
         values = [QUESTION, None, None, SYSTEM, 0, 0.8, 20, 1.05, tokens, 1]
         client.post(
             "join", json={"data": values, "fn_index": event, "session_hash": page}
