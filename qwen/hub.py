@@ -319,6 +319,7 @@ def _client_download(
     counter = counter or _ByteCounter(lambda _: None)
     options: dict[str, Any] = {
         "revision": revision,
+        "endpoint": hub_endpoint(hub),  # ModelScope's client would keep the first one it saw
         "allow_patterns": _WANTED_FILES,
         "ignore_patterns": _IN_SUBFOLDERS,
         "local_files_only": local_files_only,
@@ -328,11 +329,7 @@ def _client_download(
         from huggingface_hub import snapshot_download
 
         progress = _quiet_progress(counter)
-        return Path(
-            snapshot_download(
-                repository, endpoint=hub_endpoint(hub), tqdm_class=progress, **options
-            )
-        )
+        return Path(snapshot_download(repository, tqdm_class=progress, **options))
     from modelscope.hub.snapshot_download import snapshot_download as modelscope_download
 
     callbacks = [_modelscope_progress(counter)]
