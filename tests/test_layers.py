@@ -76,7 +76,7 @@ ROOMS: dict[str, tuple[float, str]] = {
     "webapp.completion_handlers": (8.5, "gradio"),
     "webapp.loading_handlers": (8.7, "gradio"),
     "webapp.ui": (9, "gradio"),
-    "webapp.server": (10, "gradio starlette tqdm"),
+    "webapp.server": (10, "starlette tqdm"),
     "webapp": (10, ""),
     "app": (11, ""),
 }

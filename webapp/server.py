@@ -103,27 +103,11 @@ def launch_page(settings: Settings, backend: DeferredBackend) -> Any:
     # Before the import: Gradio reads it there, and otherwise asks its makers' server at start.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.pop("GRADIO_SERVER_PORT", None)  # is in the settings, unless it was overruled
-    import gradio as gr
     from starlette.middleware import Middleware
 
-    from webapp.completion_handlers import CompletionHandlers
-    from webapp.history_handlers import HistoryHandlers
-    from webapp.loading_handlers import LoadingHandlers
-    from webapp.page_updates import PageUpdates
-    from webapp.reply_handlers import ReplyHandlers
-    from webapp.ui import Handlers, build_page, launch_options
+    from webapp.ui import launch_options
 
-    page = PageUpdates(backend)
-    history = HistoryHandlers(backend, page, settings)
-    demo: gr.Blocks = build_page(
-        Handlers(
-            reply=ReplyHandlers(backend, page),
-            history=history,
-            completion=CompletionHandlers(backend),
-            loading=LoadingHandlers(backend, history),
-        )
-    )
-    demo.queue(api_open=False)
+    demo = _build(settings, backend)
     try:
         _, local_url, share_url = demo.launch(
             prevent_thread_lock=True,
@@ -146,17 +130,41 @@ def launch_page(settings: Settings, backend: DeferredBackend) -> Any:
             "program may be listening there. Stop it, or choose another port with --server-port; "
             "with --server-name, name an address of this machine."
         ) from error
+    _announce(local_url, share_failed=settings.share and not share_url)
+    return demo
+
+
+def _build(settings: Settings, backend: DeferredBackend) -> Any:
+    """Build the page's Blocks with its handlers."""
+    from webapp.completion_handlers import CompletionHandlers
+    from webapp.history_handlers import HistoryHandlers
+    from webapp.loading_handlers import LoadingHandlers
+    from webapp.page_updates import PageUpdates
+    from webapp.reply_handlers import ReplyHandlers
+    from webapp.ui import Handlers, build_page
+
+    page = PageUpdates(backend)
+    history = HistoryHandlers(backend, page, settings)
+    handlers = Handlers(
+        reply=ReplyHandlers(backend, page),
+        history=history,
+        completion=CompletionHandlers(backend),
+        loading=LoadingHandlers(backend, history),
+    )
+    return build_page(handlers).queue(api_open=False)
+
+
+def _announce(local_url: str, *, share_failed: bool) -> None:
     from tqdm import tqdm
 
     tqdm.write(f"Open {local_url}")  # on a line of its own, beside a bar that is being drawn
     sys.stdout.flush()
-    if settings.share and not share_url:
+    if share_failed:
         print(
             "Warning: no public link could be made, since Gradio's share service did not answer. "
             "The local address works.",
             file=sys.stderr,
         )
-    return demo
 
 
 class SecurityHeaders:
