@@ -228,10 +228,13 @@ def test_closed_backend_is_not_started_again():
     assert not load.entered.wait(0.1)
 
 
-def test_closing_twice_is_harmless():
-    backend, _ = deferred(Loader())
+def test_closing_twice_is_harmless_and_stays_closed():
+    load = Loader()
+    backend, _ = deferred(load)
     backend.close()
     backend.close()
+    backend.start()
+    assert not load.entered.wait(0.1)
 
 
 def test_fault_in_a_progress_bar_does_not_stop_the_loading():

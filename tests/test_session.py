@@ -54,8 +54,9 @@ def test_place_is_free_again_after_a_fault_and_its_event_is_set():
 
 
 def test_two_pages_write_replies_at_the_same_time():
-    with session_with().reply(), session_with().reply():
-        pass
+    first, second = session_with(), session_with()
+    with first.reply(), second.reply():
+        assert first.is_busy and second.is_busy
 
 
 def test_stepper_works_on_the_last_fork_until_another_is_chosen():
