@@ -125,3 +125,20 @@ def _check_room(cache: Any, past: int, seq_len: int) -> None:
             f"The cache has room for {room:,} tokens, but {past + seq_len:,} are needed. Make it "
             "larger, or shorten the prompt."
         )
+
+
+def kept_positions(hidden_states: Tensor, logits_to_keep: Tensor | int) -> Tensor:
+    """Return the hidden states whose logits are wanted, in the sense of Transformers 5.23.
+
+    Args:
+        hidden_states: (batch, seq_len, hidden_size).
+        logits_to_keep: How many of the last positions (0 is all), or which ones: (n,) for every
+            row, (batch, n) for each, or a mask (batch, seq_len), which leaves no batch dimension.
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    if logits_to_keep.ndim == 2:
+        return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+    return hidden_states[:, logits_to_keep]

@@ -10,15 +10,18 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from fake_backend import FakeBackend, ready, wait_until
-from playwright.sync_api import Browser, sync_playwright
 
 from qwen.backend import DeferredBackend
 from qwen.local import LocalBackend, load_backend
 from webapp.server import launch_page
 from webapp.settings import Settings
+
+if TYPE_CHECKING:  # the tests without a browser run where Playwright is not installed
+    from playwright.sync_api import Browser
 
 PROJECT = Path(__file__).parent.parent
 #: As root Chromium wants no sandbox; the rest keeps it from calling home.
@@ -47,6 +50,8 @@ def screenshots(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
     """A real Chromium: the machine's own, else the one that Playwright installed."""
+    from playwright.sync_api import sync_playwright
+
     found = next(filter(None, map(shutil.which, CHROMIUM_NAMES)), None)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=CHROMIUM_FLAGS)
