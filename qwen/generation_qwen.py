@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from qwen.chat import chat, chat_stream
+from qwen.errors import InvalidSetting
+from qwen.int8_cache import Int8Cache, wants_int8
 from qwen.model_inputs import count_tokens, tokens_in
 
 #: As published: far above any logit, also in bfloat16 and float16.
@@ -107,6 +109,26 @@ class QWenGenerationMixin(GenerationMixin):
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         return expanded
+
+    def _prepare_cache_for_generation(
+        self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Cache in int8 where the configuration says so."""
+        is_given = model_kwargs.get("past_key_values") is not None
+        base: Any = super()
+        result = base._prepare_cache_for_generation(
+            generation_config, model_kwargs, *args, **kwargs
+        )
+        is_made = not is_given and model_kwargs.get("past_key_values") is not None
+        if is_made and wants_int8(self.config):
+            kind = generation_config.cache_implementation
+            if kind not in (None, "dynamic"):
+                raise InvalidSetting(
+                    f"cache_implementation={kind!r} and the model's use_cache_quantization are "
+                    "two kinds of cache. Leave one of them out."
+                )
+            model_kwargs["past_key_values"] = Int8Cache(self.config)
+        return result
 
     def _get_candidate_generator(  # type: ignore[override]
         self: Any, *, model_kwargs: dict[str, Any], **kwargs: Any

@@ -19,32 +19,35 @@ from qwen.model_inputs import tokens_in
 from qwen.rope import ntk_alpha
 
 
-class _NtkLayer:
+class NtkLayer:
     """What is added to a cache layer: the alpha of each row, (batch,) float32."""
 
     ntk_alpha: Tensor | None = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the rows of `beam_idx`, for beam search."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         if self.ntk_alpha is not None:
             self.ntk_alpha = self.ntk_alpha.index_select(0, beam_idx.to(self.ntk_alpha.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
         if self.ntk_alpha is not None:
             self.ntk_alpha = self.ntk_alpha.repeat_interleave(repeats, dim=0)
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows only."""
         super().batch_select_indices(indices)  # type: ignore[misc]
         if self.ntk_alpha is not None:
             self.ntk_alpha = self.ntk_alpha[indices.to(self.ntk_alpha.device)]
 
 
-class NtkDynamicLayer(_NtkLayer, DynamicLayer):  # type: ignore[no-untyped-call]
+class NtkDynamicLayer(NtkLayer, DynamicLayer):  # type: ignore[no-untyped-call]
     """A `DynamicLayer` that knows the alpha of its sequences."""
 
 
-class NtkStaticLayer(_NtkLayer, StaticLayer):  # type: ignore[no-untyped-call]
+class NtkStaticLayer(NtkLayer, StaticLayer):  # type: ignore[no-untyped-call]
     """A `StaticLayer` that knows the alpha of its sequences."""
 
 
@@ -75,14 +78,14 @@ def sequence_alpha(
         alpha = ntk_alpha(_lengths(prompt_length, like=new_tokens), seq_length)
     elif isinstance(past, int) and past > 0:
         assert cache is not None
-        return _recall(cache, new_tokens.shape[0], seq_length)
+        return _recall(cache, new_tokens.shape[0], seq_length).to(new_tokens.device)
     else:
         alpha = ntk_alpha(new_tokens, seq_length)
     if cache is None:
         return alpha
     if prompt_length is None and isinstance(past, Tensor):
         # The length of a static cache is a tensor once it was used, and 0 again after `reset`.
-        known = _recall(cache, new_tokens.shape[0], seq_length)
+        known = _recall(cache, new_tokens.shape[0], seq_length).to(new_tokens.device)
         alpha = torch.where(past == 0, alpha, known)
     _remember(cache, alpha)
     return alpha
@@ -104,7 +107,7 @@ def _recall(cache: Cache, batch_size: int, seq_length: int) -> Tensor:
     if alpha is None:
         past = tokens_in(cache)
         if isinstance(past, int) and past <= seq_length:  # then the prompt was no longer either
-            return torch.ones(batch_size, device=layer.keys.device)
+            return torch.ones(batch_size, device=layer.device)
         raise InvalidRequest(
             "The cache does not tell how long the prompts were that it began with. Pass their "
             "lengths as prompt_length."

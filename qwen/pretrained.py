@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from qwen.configuration_qwen import QWenConfig
 from qwen.errors import CheckpointDamaged
+from qwen.tensor_parallel import prepare_tensor_parallelism
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class PublishedLoading:
 
         Raises:
             CheckpointDamaged: Tensors are cut short, missing, unknown or of another shape.
-            InvalidSetting: Two precisions are asked for.
+            InvalidSetting: Two precisions are asked for, or more processes than share the heads.
         """
         # Transformers would run `custom_generate/generate.py` of the checkpoint.
         kwargs.pop("trust_remote_code", None)
@@ -77,15 +78,11 @@ class PublishedLoading:
         asked_dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None)
         if not isinstance(config, QWenConfig):
             config, kwargs = _load_config(config or pretrained_model_name_or_path, kwargs)
+        prepare_tensor_parallelism(config.num_attention_heads, kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["dtype"] = asked_dtype or _choose_dtype(config, kwargs.get("device_map"))
         if config.use_flash_attn is True:
             kwargs.setdefault("attn_implementation", "flash_attention_2")
-        if config.use_cache_quantization:
-            logger.warning(
-                "use_cache_quantization is not supported: the cache keeps the model's precision, "
-                "which is more exact and takes more memory."
-            )
         is_lenient = wants_info or kwargs.get("ignore_mismatched_sizes", False)
 
         def load(**options: Any) -> Any:

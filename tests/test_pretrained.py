@@ -269,12 +269,6 @@ def test_missing_flash_attention_falls_back_to_sdpa_and_says_why(folder, caplog,
     assert ("float16 and bfloat16 only" in caplog.text) is (dtype == "float32")
 
 
-def test_unsupported_int8_cache_is_named(folder, caplog):
-    with caplog.at_level(logging.WARNING, logger="qwen.pretrained"):
-        load(folder, use_cache_quantization=True)
-    assert "use_cache_quantization is not supported" in caplog.text
-
-
 def test_snapshot_download_returns_folders_and_refuses_other_names(tmp_path, monkeypatch):
     from qwen.hub import Snapshot
 
