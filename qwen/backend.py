@@ -21,6 +21,24 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """What a model takes of a machine's memory, in bytes; estimated before it was loaded.
+
+    Attributes:
+        cache: For a conversation of `context` tokens.
+        context: Tokens of prompt and reply.
+        free: What was free for all of it.
+    """
+
+    weights: int
+    cache: int
+    activations: int
+    program: int
+    context: int
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
 class BackendInfo:
     """What a page or an API says about the model behind it.
 
@@ -32,6 +50,7 @@ class BackendInfo:
         dtype: For example "bfloat16" or "int4".
         default_params: The checkpoint's own generation settings.
         notices: Sentences about choices made while loading that a user should know.
+        memory: None if it is not known.
     """
 
     name: str
@@ -41,6 +60,7 @@ class BackendInfo:
     dtype: str = "float32"
     default_params: SamplingParams = field(default_factory=SamplingParams)
     notices: tuple[str, ...] = ()
+    memory: MemoryUse | None = None
 
 
 class ChatBackend(Protocol):

@@ -14,6 +14,7 @@ QwenError
 │   ├── HubUnreachable
 │   └── DiskFull
 ├── OutOfMemory               while loading or while generating
+│   └── DoesNotFit            known before anything was fetched or loaded
 ├── BackendNotReady           the model is still being loaded
 ├── BackendFailed             an unexpected fault; the log has the traceback
 └── StartupError              the server cannot start as configured (port taken, bad flag)
@@ -74,6 +75,10 @@ class DiskFull(CheckpointError):
 
 class OutOfMemory(QwenError):
     """Memory ran out while loading or while generating."""
+
+
+class DoesNotFit(OutOfMemory):
+    """A model needs more memory than is free, known before it was fetched or loaded."""
 
 
 class BackendNotReady(QwenError):

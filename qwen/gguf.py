@@ -10,16 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
-import os
 import re
 import shutil
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qwen.backend import ReportProgress, ignore_progress
 from qwen.checkpoint_files import check_weight_files, missing_files
@@ -30,6 +27,7 @@ from qwen.errors import (
     QwenError,
     is_out_of_memory,
 )
+from qwen.gguf_header import read_gguf_header
 from qwen.weights_cache import (
     disk_full_explained,
     is_disk_full,
@@ -52,11 +50,6 @@ _LAYOUT = 1
 
 #: Bytes beside the weights: the tokenizer's files, generously.
 _EXTRA_BYTES = 32 * 10**6
-
-# Metadata value types of the GGUF specification and their bytes.
-_STRING, _ARRAY = 8, 9
-_VALUE_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_LONGEST_STRING = 1 << 26
 
 #: Tokens that end a reply of a chat model of the Qwen family, where its vocabulary has them.
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
@@ -132,7 +125,8 @@ def convert_gguf(
         shutil.rmtree(folder, ignore_errors=True)  # damaged, if it is there at all
         beside = folder.with_name(folder.name + ".part")
         shutil.rmtree(beside, ignore_errors=True)
-        needed = _count_weights(file.path) * _BYTES_PER_WEIGHT[dtype] + _EXTRA_BYTES
+        weights = read_gguf_header(file.path).num_weights
+        needed = weights * _BYTES_PER_WEIGHT[dtype] + _EXTRA_BYTES
         require_space(folder.parent, needed)
         try:
             with disk_full_explained(folder.parent, needed):
@@ -141,71 +135,6 @@ def convert_gguf(
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     return folder
-
-
-def _count_weights(path: Path) -> int:
-    """Return how many weights a GGUF file holds, having checked that it holds them in whole."""
-    try:
-        with path.open("rb") as stream:
-            count, end = _read_extent(stream)
-    except (ValueError, KeyError, struct.error, OverflowError, RecursionError) as error:
-        raise _damaged(path, "its beginning is not that of a GGUF file") from error
-    size = path.stat().st_size
-    if size < end:
-        raise _damaged(path, f"it should have {end} bytes and has {size}")
-    return count
-
-
-def _read_extent(stream: IO[bytes]) -> tuple[int, int]:
-    """Walk a GGUF header and return the number of weights and the end of the last one in bytes.
-
-    The `gguf` package reads the same in eight seconds, most of them spent on the vocabulary, which
-    is skipped here.
-    """
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    magic, version, tensors, entries = struct.unpack("<4sIQQ", stream.read(24))
-    if magic != b"GGUF" or version not in (2, 3):
-        raise ValueError("not a GGUF file of version 2 or 3")
-    alignment = 32  # the specification's default
-    for _ in range(entries):
-        key = _read_string(stream)
-        (kind,) = struct.unpack("<I", stream.read(4))
-        value = _read_value(stream, kind)
-        if key == b"general.alignment":
-            alignment = int.from_bytes(value, "little") or alignment
-    weights = end = 0
-    for _ in range(tensors):
-        _read_string(stream)
-        (dimensions,) = struct.unpack("<I", stream.read(4))
-        shape = struct.unpack(f"<{dimensions}Q", stream.read(8 * dimensions))
-        kind, offset = struct.unpack("<IQ", stream.read(12))
-        block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        weights += math.prod(shape)
-        end = max(end, offset + math.prod(shape) // block * block_bytes)
-    return weights, -(-stream.tell() // alignment) * alignment + end
-
-
-def _read_string(stream: IO[bytes]) -> bytes:
-    (length,) = struct.unpack("<Q", stream.read(8))
-    if length > _LONGEST_STRING:
-        raise ValueError("a string without an end")
-    return stream.read(length)
-
-
-def _read_value(stream: IO[bytes], kind: int) -> bytes:
-    """Pass over one metadata value; return its bytes, nothing for arrays."""
-    if kind == _STRING:
-        return _read_string(stream)
-    if kind != _ARRAY:
-        return stream.read(_VALUE_BYTES[kind])
-    kind, count = struct.unpack("<IQ", stream.read(12))
-    if kind in _VALUE_BYTES:
-        stream.seek(_VALUE_BYTES[kind] * count, os.SEEK_CUR)
-        return b""
-    for _ in range(count):
-        _read_value(stream, kind)
-    return b""
 
 
 def _damaged(path: Path, why: str) -> CheckpointDamaged:
@@ -299,7 +228,8 @@ def _load_tokenizer(path: Path, context_length: int) -> PreTrainedTokenizerBase:
     """Read a GGUF file's tokenizer.
 
     GGUF has no field for normalisation; Qwen2 tokenizers put text into NFC first, and without it
-    text in decomposed form gets other tokens.
+    text in decomposed form gets other tokens. Transformers reads no `tokenizer.ggml.pre` either:
+    SmolLM's ("smollm") takes digits one by one, and without that numbers get other tokens.
     """
     from transformers import AutoTokenizer
 
@@ -310,6 +240,11 @@ def _load_tokenizer(path: Path, context_length: int) -> PreTrainedTokenizerBase:
         from tokenizers.normalizers import NFC
 
         tokenizer.backend_tokenizer.normalizer = NFC()
+    if read_gguf_header(path).values.get("tokenizer.ggml.pre") == "smollm":
+        from tokenizers.pre_tokenizers import Digits, Sequence
+
+        backend = tokenizer.backend_tokenizer
+        backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])
     tokenizer.model_max_length = context_length
     return tokenizer
 

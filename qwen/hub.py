@@ -20,7 +20,12 @@ from typing import Any
 from qwen.backend import ReportProgress, ignore_progress
 from qwen.carriers import Hub
 from qwen.checkpoint_files import missing_files
-from qwen.errors import CheckpointNotFound, CheckpointUnsupported, HubUnreachable
+from qwen.errors import (
+    CheckpointDamaged,
+    CheckpointNotFound,
+    CheckpointUnsupported,
+    HubUnreachable,
+)
 from qwen.weights_cache import disk_full_explained, require_space
 
 logger = logging.getLogger(__name__)
@@ -152,13 +157,10 @@ def fetch_snapshot(
         HubUnreachable: No hub answered and nothing is cached.
         DiskFull: There is no room for the files.
     """
-    hubs: tuple[Hub, ...] = (hub,)
-    if hub == "huggingface" and repository.startswith("Qwen/") and revision is None:
-        hubs = ("huggingface", "modelscope")
-    for candidate in hubs:
-        folder = _cached(candidate, repository, revision)
-        if folder is not None:
-            return Snapshot(folder)
+    hubs = _hubs_of(repository, revision, hub)
+    folder = find_snapshot(repository, revision=revision, hub=hub)
+    if folder is not None:
+        return Snapshot(folder)
     if all(is_offline(candidate) for candidate in hubs):
         raise HubUnreachable(
             f"{repository} is not on this machine, and HF_HUB_OFFLINE forbids fetching it. Unset "
@@ -170,6 +172,55 @@ def fetch_snapshot(
     if answering != hub:
         notices = (f"{HUB_NAMES[hub]} did not answer; {repository} came from ModelScope.",)
     return Snapshot(_download(answering, repository, revision, report), notices)
+
+
+def find_snapshot(
+    repository: str, *, revision: str | None = None, hub: Hub = "huggingface"
+) -> Path | None:
+    """Return the folder that `fetch_snapshot` would take without asking a hub, or None."""
+    found = (_cached(h, repository, revision) for h in _hubs_of(repository, revision, hub))
+    return next((folder for folder in found if folder is not None), None)
+
+
+def fetch_config(
+    repository: str,
+    *,
+    revision: str | None = None,
+    hub: Hub = "huggingface",
+    probe_seconds: float = PROBE_SECONDS,
+) -> dict[str, Any]:
+    """Return a repository's config.json and fetch nothing else; arguments as `fetch_snapshot`.
+
+    Raises:
+        CheckpointNotFound: The hub has no such repository or revision, or does not show it.
+        CheckpointDamaged: The file is no JSON object.
+        HubUnreachable: No hub answered, or not in time.
+    """
+    import httpx
+
+    hubs = tuple(h for h in _hubs_of(repository, revision, hub) if not is_offline(h))
+    answering = _first_answering(hubs, repository, revision, probe_seconds)
+    at = revision or _DEFAULT_REVISIONS[answering]
+    url = file_url(answering, repository, at, "config.json")
+    try:
+        answer = httpx.get(
+            url, headers=hub_headers(answering), follow_redirects=True, timeout=probe_seconds
+        ).raise_for_status()
+    except httpx.HTTPError as error:
+        raise _explained(answering, repository, revision, error) from error
+    try:
+        values = answer.json()
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise CheckpointDamaged(f"The config.json of {repository} is not the JSON it should be.")
+    return values
+
+
+def _hubs_of(repository: str, revision: str | None, hub: Hub) -> tuple[Hub, ...]:
+    if hub == "huggingface" and repository.startswith("Qwen/") and revision is None:
+        return ("huggingface", "modelscope")
+    return (hub,)
 
 
 def _first_answering(

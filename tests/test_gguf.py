@@ -74,6 +74,16 @@ def test_tokenizer_survives(converted: Path) -> None:
     assert written["normalizer"] == {"type": "NFC"}
 
 
+@pytest.mark.parametrize(("split", "tokens"), [("smollm", ["1", "2"]), ("gpt-2", ["12"])])
+def test_smollm_tokenizer_takes_digits_one_by_one(
+    tmp_path: Path, split: str, tokens: list[str]
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_tiny_gguf(path, architecture="llama", split=split, merge="1 2")
+    _, tokenizer = load(convert_gguf(local_gguf(path), dtype="float32", cache=tmp_path))
+    assert tokenizer.tokenize("12") == tokens
+
+
 def test_end_tokens_are_those_of_a_chat(converted: Path) -> None:
     settings = json.loads((converted / "generation_config.json").read_text())
     assert settings["eos_token_id"] == [259, 257]

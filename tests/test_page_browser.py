@@ -8,6 +8,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +16,8 @@ from fake_backend import FakeBackend, ready, wait_until
 from page_driver import PATIENCE, PageDriver
 from playwright.sync_api import Browser, BrowserContext, expect
 
-from qwen.backend import BackendInfo, DeferredBackend
-from qwen.errors import CheckpointNotFound, OutOfMemory
+from qwen.backend import BackendInfo, DeferredBackend, MemoryUse
+from qwen.errors import CheckpointNotFound, DoesNotFit, OutOfMemory
 from webapp.server import launch_page
 from webapp.settings import Settings
 
@@ -469,6 +470,27 @@ def test_failed_load_says_why_and_try_again_loads(chat):
     expect(tab.page.locator("#status")).to_contain_text("Fake", timeout=PATIENCE)
     expect(tab.button("Try again")).to_be_hidden()
     assert "alpha" in tab.ask("hello")
+
+
+def test_model_that_does_not_fit_is_refused_on_the_page_line_by_line(chat):
+    refused = DoesNotFit("Qwen-7B-Chat does not fit: 34.22 GB.\nNeeded: weights 15.44 GB.")
+    deferred, gate = loading(refused, FakeBackend("alpha"))
+    gate.release()
+    tab = chat(deferred)
+    expect(tab.alert).to_contain_text("does not fit", timeout=PATIENCE)
+    assert "34.22 GB.\nNeeded" in tab.alert.inner_text()
+
+
+def test_memory_of_the_model_opens_under_its_name(chat):
+    backend = FakeBackend("alpha")
+    gb = 10**9
+    use = MemoryUse(weights=2 * gb, cache=gb, activations=gb, program=gb, context=4096, free=8 * gb)
+    backend.info = replace(backend.info, memory=use)
+    tab = chat(backend)
+    strip = tab.page.locator("#status .strip")
+    expect(strip.locator("details")).not_to_contain_text("cache", use_inner_text=True)
+    strip.locator("summary", has_text="Memory: 5.0 GB of 8.0 GB").click()
+    expect(strip).to_contain_text("cache of 4,096 tokens 1.0 GB", use_inner_text=True)
 
 
 # Base model

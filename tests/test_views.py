@@ -4,12 +4,12 @@ import html
 
 import pytest
 
-from qwen.backend import BackendInfo, LoadStatus
+from qwen.backend import BackendInfo, LoadStatus, MemoryUse
 from qwen.errors import CheckpointNotFound
 from qwen.messages import ContextUsage, Message
 from webapp.conversation import Conversation, ReplyNote
 from webapp.render import restore_text
-from webapp.text import Words
+from webapp.text import LOCALES, Words
 from webapp.views import (
     chat_messages,
     context_html,
@@ -127,6 +127,27 @@ def test_ready_strip_names_the_model_and_escapes_it():
     assert "cpu · bf16" in strip
     assert "<img" not in strip
     assert "<b>" not in strip
+
+
+def test_ready_strip_tells_what_the_model_takes_in_every_language():
+    use = MemoryUse(
+        weights=15_440_000_000,
+        cache=4_290_000_000,
+        activations=200_000_000,
+        program=500_000_000,
+        context=8192,
+        free=24_000_000_000,
+    )
+    info = BackendInfo("Qwen-7B-Chat", 8192, memory=use)
+    for locale in LOCALES:
+        strip = status_html(LoadStatus("ready"), info, Words(locale))
+        assert strip.index("<details>") < strip.index("20.4 GB") < strip.index("</summary>")
+        for part in ("15.4 GB", "4.3 GB", "0.7 GB", "24.0 GB", "8,192"):
+            assert part in strip
+
+
+def test_ready_strip_says_nothing_of_memory_that_is_not_known():
+    assert "<details>" not in status_html(LoadStatus("ready"), BackendInfo("m", 8192), EN)
 
 
 def test_failed_strip_says_what_happened_and_escapes_it():

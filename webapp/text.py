@@ -98,6 +98,19 @@ _TABLE: dict[str, tuple[str, str, str]] = {
     "failed": ("The model could not be loaded", "模型加载失败", "モデルを読み込めませんでした"),
     "retry": ("Try again", "重试", "再試行"),
     "context_tokens": ("context {count} tokens", "上下文 {count} 词元", "文脈 {count} トークン"),
+    "memory": (
+        "Memory: {needed} of {free}",
+        "内存:{needed} / {free}",
+        "メモリ:{free} 中 {needed}",
+    ),
+    "memory_parts": (
+        "estimated before loading: weights {weights} · cache of {context} tokens {cache} · "
+        "working memory {working} · {free} were free",
+        "加载前的估算:权重 {weights} · {context} 词元的缓存 {cache} · 工作内存 {working} · "
+        "当时可用 {free}",
+        "読み込み前の見積もり:重み {weights} · {context} トークンのキャッシュ {cache} · "
+        "作業用 {working} · 空き {free}",
+    ),
     "waiting": ("Reading your message …", "正在阅读您的消息……", "メッセージを読んでいます…"),
     "busy": (
         "A reply is still being written here. Stop it or wait for its end, then send again.",

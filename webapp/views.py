@@ -8,7 +8,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from qwen.backend import BackendInfo, LoadStatus
+from qwen.backend import BackendInfo, LoadStatus, MemoryUse
 from qwen.messages import ContextUsage, Message
 from webapp.conversation import Conversation, Node, ReplyNote
 from webapp.render import render_note, render_reply
@@ -89,7 +89,27 @@ def status_html(status: LoadStatus, info: BackendInfo | None, words: Words) -> s
     facts = [info.name, info.device, info.dtype]
     facts.append(words("context_tokens", count=f"{info.context_length:,}"))
     lines = [" · ".join(escape(fact) for fact in facts), *(escape(line) for line in info.notices)]
-    return _strip("ready", "<br>".join(lines), "status")
+    memory = "" if info.memory is None else _memory(info.memory, words)
+    return _strip("ready", "<br>".join(lines) + memory, "status")
+
+
+def _memory(use: MemoryUse, words: Words) -> str:
+    working = use.activations + use.program
+    needed = use.weights + use.cache + working
+    parts = words(
+        "memory_parts",
+        weights=_gigabytes(use.weights),
+        cache=_gigabytes(use.cache),
+        working=_gigabytes(working),
+        context=f"{use.context:,}",
+        free=_gigabytes(use.free),
+    )
+    title = words("memory", needed=_gigabytes(needed), free=_gigabytes(use.free))
+    return f"<details><summary>{title}</summary>{parts}</details>"
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
 
 
 def _progress(status: LoadStatus, words: Words) -> str:
