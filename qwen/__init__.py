@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     )
 
     from qwen.auto import snapshot_download
+    from qwen.loading import load_model_on_gpus
 
 __version__ = "0.1.0"
 
@@ -27,11 +28,16 @@ __all__ = [
     "AutoModelForCausalLM",
     "AutoTokenizer",
     "GenerationConfig",
+    "load_model_on_gpus",
     "snapshot_download",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "load_model_on_gpus":
+        from qwen.loading import load_model_on_gpus
+
+        return load_model_on_gpus
     if name in __all__:
         from qwen.auto import load_public_name
 

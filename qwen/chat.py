@@ -19,6 +19,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import BaseStreamer
 
 from qwen.chat_format import ChatMLFormat, TextTokenizer
+from qwen.devices import input_device
 from qwen.errors import (
     CheckpointUnsupported,
     EmptyMessage,
@@ -241,7 +242,7 @@ class _Call:
 
     def generate(self, context: Sequence[int], streamer: BaseStreamer | None = None) -> list[int]:
         """Run the model; return prompt and reply."""
-        input_ids = torch.tensor([context], device=self._model.device)
+        input_ids = torch.tensor([context], device=input_device(self._model))
         output = self._model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),

@@ -29,7 +29,8 @@ class QWenConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         use_dynamic_ntk: Stretch the rotary base for prompts longer than `seq_length`.
         use_logn_attn: Sharpen the queries past `seq_length`.
         use_flash_attn: True asks for FlashAttention 2; "auto" and False take torch's own kernels.
-        use_cache_quantization: Published, not supported; likewise `use_cache_kernel`.
+        use_cache_quantization: Cache keys and values in int8, see `qwen.int8_cache`.
+        use_cache_kernel: Published, without effect: the int8 cache needs no kernel file.
         bf16: Precision of the weights when nothing else is asked for; likewise `fp16`, `fp32`.
         no_bias: Whether all linear layers but `c_attn` are without bias.
         pad_token_id: For `generate`, which prefers that of its generation config.
@@ -37,6 +38,15 @@ class QWenConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 
     model_type = "qwen"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    #: How a model is cut over the processes of a group; see `qwen.tensor_parallel`.
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "wte": "embedding_rowwise",
+        "h.*.attn.c_attn": "packed_qkv_colwise",
+        "h.*.attn.c_proj": "rowwise",
+        "h.*.mlp.w1": "colwise",
+        "h.*.mlp.w2": "colwise",
+        "h.*.mlp.c_proj": "rowwise",
+    }
     #: The names of August 2023, and `head_dim`, by which Transformers asks.
     attribute_map: ClassVar[dict[str, str]] = {
         "n_embd": "hidden_size",

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -25,7 +25,8 @@ from transformers.utils.output_capturing import capture_outputs
 from qwen.configuration_qwen import QWenConfig
 from qwen.errors import InvalidRequest
 from qwen.generation_qwen import QWenGenerationMixin
-from qwen.model_inputs import check_inputs, count_tokens, positions_of
+from qwen.int8_cache import check_model_cache, choose_kv_cache
+from qwen.model_inputs import check_inputs, count_tokens, kept_positions, positions_of
 from qwen.ntk_cache import sequence_alpha
 from qwen.pretrained import PublishedLoading
 from qwen.rope import apply_rotary, logn_factor, rotary_tables, scaled_inv_freq
@@ -230,12 +231,13 @@ class QWenModel(QWenPreTrainedModel):  # type: ignore[no-untyped-call]
         )
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
+        check_model_cache(past_key_values, self.config)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = choose_kv_cache(self.config)()
         if position_ids is None:
             position_ids = positions_of(inputs_embeds, attention_mask, past_key_values)
         if kwargs.get("cache") is not None:
-            alpha = self._paged_alpha(position_ids)
+            alpha = self._paged_alpha(position_ids, kwargs["cache"])
         else:
             new_tokens = count_tokens(inputs_embeds, attention_mask)
             alpha = self._alpha(past_key_values, new_tokens, prompt_length)
@@ -277,8 +279,9 @@ class QWenModel(QWenPreTrainedModel):  # type: ignore[no-untyped-call]
             return torch.ones(1, device=new_tokens.device)
         return sequence_alpha(cache, new_tokens, prompt_length, seq_length=self.config.seq_length)
 
-    def _paged_alpha(self, position_ids: Tensor) -> Tensor:
+    def _paged_alpha(self, position_ids: Tensor, cache: Any) -> Tensor:
         """Refuse what continuous batching cannot do: it tells no prompt's length."""
+        check_model_cache(cache, self.config)
         if self.config.use_dynamic_ntk and not torch.compiler.is_compiling():
             longest = int(position_ids.max()) + 1
             if longest > self.config.seq_length:
@@ -293,6 +296,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):  # type: ignore
     """The language model: logits, loss, `generate`, `chat` and `chat_stream`."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: QWenConfig) -> None:
         super().__init__(config)
@@ -352,7 +356,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenGenerationMixin):  # type: ignore
             prompt_length=prompt_length,
             **kwargs,
         )
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        hidden_states = kept_positions(outputs.last_hidden_state, logits_to_keep)
         logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
