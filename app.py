@@ -19,7 +19,12 @@ def main() -> int:
             settings.checkpoint,
             device="cpu" if settings.cpu_only else "auto",
             dtype=settings.dtype,
+            num_gpus=settings.num_gpus,
+            offload_folder=settings.offload_folder,
             max_input_tokens=settings.max_input_tokens,
+            kv_cache=settings.kv_cache,
+            ntk_policy=settings.ntk_policy,
+            skip_preflight=settings.skip_preflight,
             report=report,
         )
 

@@ -13,14 +13,16 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 
+from qwen.devices import input_device
 from qwen.errors import (
     BackendFailed,
     BackendNotReady,
     InvalidRequest,
+    InvalidSetting,
     OutOfMemory,
     PromptTooLong,
     QwenError,
@@ -29,9 +31,16 @@ from qwen.errors import (
 from qwen.messages import FinishReason, SamplingParams
 from qwen.sampling import Sampler
 
+if TYPE_CHECKING:
+    from qwen.int8_cache import KvCacheChoice
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+#: Which alpha a Qwen v1 model with dynamic NTK has once a reply outgrows its prompt's: "published"
+#: keeps the prompt's, "grow" reads the sequence again with the alpha of its present length.
+NtkPolicy = Literal["published", "grow"]
 
 #: Prompt tokens read between two looks at `cancel`. Measured on 2 CPU cores with the embedded
 #: default: 256 take 0.4 s, at 0.94 of the speed of 1,024 at once; 128 reach 0.8 of it, 64 0.6.
@@ -63,10 +72,29 @@ class Engine:
         model: A causal language model of Transformers in eval mode; shared, never changed.
         eos_token_ids: Tokens that end a reply.
         context_length: Tokens of prompt and reply together.
+        ntk_policy: See `NtkPolicy`.
+        kv_cache: "int8" keeps keys and values in int8; "auto" does where the model's config asks.
+
+    Raises:
+        InvalidSetting: "grow" for a model without dynamic NTK, or "int8" for one with layers that
+            cannot be cached so.
     """
 
-    def __init__(self, model: Any, *, eos_token_ids: Iterable[int], context_length: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        eos_token_ids: Iterable[int],
+        context_length: int,
+        ntk_policy: NtkPolicy = "published",
+        kv_cache: KvCacheChoice = "auto",
+    ) -> None:
+        from qwen.int8_cache import choose_kv_cache
+
+        _check_ntk_policy(ntk_policy, model.config)
+        self._new_cache = choose_kv_cache(model.config, kv_cache=kv_cache)
         self._model = model
+        self._ntk_policy = ntk_policy
         self._eos = frozenset(eos_token_ids)
         self._context_length = context_length
         self._vocab_size: int = model.get_input_embeddings().weight.shape[0]
@@ -140,7 +168,15 @@ class Engine:
         reason: FinishReason = "cancelled"
         with self._turns.turn(give_up=cancelled) as has_turn:
             if has_turn and model is not None:
-                sequence = _named_errors(lambda: _Sequence(model, ids, params))
+                sequence = _named_errors(
+                    lambda: _Sequence(
+                        model,
+                        ids,
+                        params,
+                        new_cache=self._new_cache,
+                        ntk_policy=self._ntk_policy,
+                    )
+                )
                 try:
                     reason = yield from self._tokens(sequence, params, cancelled)
                 finally:
@@ -171,19 +207,35 @@ class _Sequence:
     `yield`, it would leak into whatever else the thread does.
     """
 
-    def __init__(self, model: Any, ids: tuple[int, ...], params: SamplingParams) -> None:
-        from transformers import DynamicCache
-
+    def __init__(
+        self,
+        model: Any,
+        ids: tuple[int, ...],
+        params: SamplingParams,
+        *,
+        new_cache: Callable[[], Any],
+        ntk_policy: NtkPolicy,
+    ) -> None:
         self.prompt_length = len(ids)
         self._model = model
+        self._new_cache = new_cache
+        self._grows = ntk_policy == "grow"
+        self._ids = list(ids)
         with torch.inference_mode():
-            self._unread = torch.tensor(ids, dtype=torch.int64, device=model.device)
-            self._sampler = Sampler(params, self._unread)
-        self._cache: Any = DynamicCache(config=model.config)
+            self._sampler = Sampler(params, torch.tensor(ids, device=input_device(model)))
+        self._start()
+
+    def _start(self) -> None:
+        """Have the model read all tokens there are, from an empty cache."""
+        model = self._model
+        self._logits: torch.Tensor | None = None
+        self._cache: Any = None  # freed before the next one grows
+        self._cache = self._new_cache()
         # Qwen v1 scales its rotary base by the whole prompt's length, and here it comes in chunks.
         is_v1 = model.config.model_type == "qwen"
-        self._options = {"prompt_length": self.prompt_length} if is_v1 else {}
-        self._logits: torch.Tensor | None = None
+        self._options = {"prompt_length": len(self._ids)} if is_v1 else {}
+        with torch.inference_mode():
+            self._unread = torch.tensor(self._ids, dtype=torch.int64, device=input_device(model))
 
     @property
     def is_read(self) -> bool:
@@ -210,7 +262,15 @@ class _Sequence:
         with torch.inference_mode():
             token_id = self._sampler.choose(self._logits)
             self._unread = self._unread.new_tensor([token_id])
+        self._ids.append(token_id)
+        if self._grows and self._has_outgrown_alpha():
+            self._start()
         return token_id
+
+    def _has_outgrown_alpha(self) -> bool:
+        """Tell whether a prompt as long as the sequence now is would get another alpha."""
+        alpha = self._model.config.ntk_alpha
+        return bool(alpha(len(self._ids)) != alpha(self._options["prompt_length"]))
 
     def free(self) -> None:
         """Let go of the cache and the model."""
@@ -218,6 +278,16 @@ class _Sequence:
         self._cache = self._logits = self._model = None
         if is_cuda:
             torch.cuda.empty_cache()
+
+
+def _check_ntk_policy(ntk_policy: NtkPolicy, config: Any) -> None:
+    if ntk_policy not in get_args(NtkPolicy):
+        raise InvalidSetting(f"ntk_policy must be published or grow, not {ntk_policy!r}.")
+    if ntk_policy == "grow" and not getattr(config, "use_dynamic_ntk", False):
+        raise InvalidSetting(
+            "The NTK policy grow is for Qwen v1 models with dynamic NTK (use_dynamic_ntk), and "
+            "this model is none. Leave out ntk_policy (--ntk-policy), or choose such a checkpoint."
+        )
 
 
 def _named_errors(work: Callable[[], T]) -> T:

@@ -10,11 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from qwen.backend import BackendInfo, ReportProgress, ignore_progress
+from qwen.backend import BackendInfo, MemoryUse, ReportProgress, ignore_progress
 from qwen.chat_format import ChatFormat, TextTokenizer
-from qwen.engine import Engine, EngineStep
+from qwen.devices import describe_devices
+from qwen.engine import Engine, EngineStep, NtkPolicy
 from qwen.errors import InvalidRequest, InvalidSetting
 from qwen.messages import (
     ChatRequest,
@@ -26,9 +28,13 @@ from qwen.messages import (
     Usage,
     checked_number,
 )
+from qwen.model_shape import read_context_length
 from qwen.prompt import Prompt, PromptBuilder
 from qwen.text_stream import stream_until_stop, stream_utf8
 from qwen.tokenizer import build_chat_format, build_text_tokenizer
+
+if TYPE_CHECKING:
+    from qwen.int8_cache import KvCacheChoice
 
 #: Tokens that end a reply of a Qwen model, whatever its generation_config.json says: some released
 #: ones name only one of the two.
@@ -200,7 +206,12 @@ def load_backend(
     *,
     device: Literal["auto", "cpu"] = "auto",
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+    num_gpus: int | None = None,
+    offload_folder: Path | None = None,
     max_input_tokens: int | None = None,
+    kv_cache: KvCacheChoice = "auto",
+    ntk_policy: NtkPolicy = "published",
+    skip_preflight: bool = False,
     report: ReportProgress = ignore_progress,
 ) -> LocalBackend:
     """Load a checkpoint and build the backend on it.
@@ -209,22 +220,49 @@ def load_backend(
         checkpoint: "auto", a folder, a file or a hub name; see `qwen.checkpoint`.
         device: "auto" takes a GPU where there is one.
         dtype: "auto" leaves the choice to the device.
+        num_gpus: Spread the model over so many GPUs; None is as few as needed.
+        offload_folder: Where weights may wait on disk that fit neither GPUs nor memory.
         max_input_tokens: See `LocalBackend`.
+        kv_cache: See `Engine`.
+        ntk_policy: See `qwen.engine.NtkPolicy`.
+        skip_preflight: Load even what does not seem to fit, with the model's whole context.
         report: Called with what is being done.
 
     Raises:
         CheckpointError: The weights cannot be had or read.
+        DoesNotFit: As `qwen.preflight.check_start`.
         OutOfMemory: They do not fit.
+        InvalidSetting: As `Engine`.
     """
     from qwen.loading import load_model
+    from qwen.preflight import Wish, check_start
 
-    loaded = load_model(checkpoint, device=device, dtype=dtype, report=report)
+    wish = Wish(
+        device=device,
+        dtype=dtype,
+        kv_cache=kv_cache,
+        num_gpus=num_gpus,
+        can_offload=offload_folder is not None,
+    )
+    checked = check_start(checkpoint, wish, enforce=not skip_preflight, report=report)
+    loaded = load_model(
+        checkpoint,
+        device=device,
+        dtype=dtype,
+        num_gpus=num_gpus,
+        offload_folder=offload_folder,
+        report=report,
+    )
     backend = build_backend(
         loaded.model,
         loaded.tokenizer,
         name=loaded.name,
-        notices=tuple(loaded.notices),
+        notices=(*loaded.notices, *checked.notices),
         max_input_tokens=max_input_tokens,
+        kv_cache=kv_cache,
+        ntk_policy=ntk_policy,
+        context_limit=checked.context_limit,
+        memory=checked.memory,
     )
     report("Warming up")
     backend.warm_up()
@@ -238,30 +276,53 @@ def build_backend(
     name: str,
     notices: tuple[str, ...] = (),
     max_input_tokens: int | None = None,
+    kv_cache: KvCacheChoice = "auto",
+    ntk_policy: NtkPolicy = "published",
+    context_limit: int | None = None,
+    memory: MemoryUse | None = None,
 ) -> LocalBackend:
     """Build the backend on a model and a tokenizer of Transformers.
 
+    Args:
+        model: In evaluation mode.
+        tokenizer: Of its checkpoint.
+        name: See `BackendInfo`; likewise `notices` and `memory`.
+        notices: Sentences for the user.
+        max_input_tokens: See `LocalBackend`.
+        kv_cache: See `Engine`; likewise `ntk_policy`.
+        ntk_policy: For models with dynamic NTK.
+        context_limit: Offer so many tokens of context at most.
+        memory: What the model takes.
+
     Raises:
         CheckpointUnsupported: The tokenizer is of a kind that cannot be made safe.
+        InvalidSetting: As `Engine`.
     """
+    from qwen.gptq_loading import describe_weights
+
     texts = build_text_tokenizer(tokenizer)
     chat_format = build_chat_format(
         tokenizer, chat_format=getattr(model.generation_config, "chat_format", None)
     )
     context_length = read_context_length(model.config)
+    if context_limit is not None:
+        context_length = min(context_length, context_limit)
     info = BackendInfo(
         name=name,
         context_length=context_length,
         is_chat=chat_format is not None,
-        device=str(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
+        device=describe_devices(model),
+        dtype=describe_weights(model),
         default_params=read_default_params(model.generation_config, context_length),
         notices=notices,
+        memory=memory,
     )
     engine = Engine(
         model,
         eos_token_ids=read_end_tokens(model.generation_config, tokenizer, texts),
         context_length=context_length,
+        kv_cache=kv_cache,
+        ntk_policy=ntk_policy,
     )
     return LocalBackend(
         engine,
@@ -271,19 +332,6 @@ def build_backend(
         max_input_tokens=max_input_tokens,
         ntk_alpha=model.config.ntk_alpha if model.config.model_type == "qwen" else None,
     )
-
-
-def read_context_length(config: Any) -> int:
-    """Return the tokens of prompt and reply that a model is good for, from its config.
-
-    A Qwen v1 model with dynamic NTK was published and measured up to four times the length that
-    it was trained on (Qwen's README of September 2023: 8,192 to 32k, 2,048 to 8k).
-    """
-    config = config.get_text_config()
-    if config.model_type != "qwen":
-        return int(config.max_position_embeddings)
-    stretched: int = config.seq_length * (4 if config.use_dynamic_ntk else 1)
-    return max(stretched, config.max_position_embeddings or 0)
 
 
 def read_end_tokens(generation_config: Any, tokenizer: Any, texts: TextTokenizer) -> frozenset[int]:

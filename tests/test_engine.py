@@ -18,6 +18,7 @@ from qwen.errors import (
     BackendFailed,
     BackendNotReady,
     InvalidRequest,
+    InvalidSetting,
     OutOfMemory,
     PromptTooLong,
 )
@@ -230,7 +231,7 @@ def caches(monkeypatch):
             super().__init__(**options)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr("transformers.DynamicCache", Watched)
+    monkeypatch.setattr("qwen.int8_cache.DynamicCache", Watched)
     return made
 
 
@@ -464,3 +465,84 @@ def test_qwen_v1_prompt_in_chunks_gives_the_published_greedy_ids(monkeypatch, ca
     new_ids = [step.token_id for step in steps if step.token_id is not None]
     published = [token_id for token_id in golden["new_ids"] if token_id != 1022]
     assert new_ids == published
+
+
+class RecordingModel:
+    """A tiny Qwen v1 of `seq_length` 64 that keeps the logits of the last token of each call."""
+
+    def __init__(self, before=None):
+        self.model = golden_v1.load_tiny()
+        self.before = before or (lambda past: None)
+        self.reads, self.logits = [], []
+        self.config, self.device = self.model.config, self.model.device
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def __call__(self, input_ids, **options):
+        past = options["past_key_values"].get_seq_length()
+        self.before(past)
+        output = self.model(input_ids, **options)
+        self.reads.append((past, past + input_ids.shape[1]))
+        self.logits.append(output.logits[0, -1])
+        return output
+
+
+def reply_past_thresholds(model, ntk_policy, *, length=140, cancel=None):
+    """Let a prompt of 60 tokens grow to a length, greedily; return all its tokens."""
+    prompt = golden_v1.golden_ids(0, 60)[0].tolist()
+    engine = Engine(model, eos_token_ids=[], context_length=256, ntk_policy=ntk_policy)
+    return prompt + reply(engine, prompt, cancel, max_new_tokens=length - 60)[0]
+
+
+def cold_logits(model, ids, **options):
+    with torch.inference_mode():
+        return model(torch.tensor([ids]), use_cache=False, **options).logits[0, -1]
+
+
+def test_grow_has_after_each_threshold_the_logits_of_a_cold_forward():
+    model = RecordingModel()
+    ids = reply_past_thresholds(model, "grow")
+    seen = {end: logits for (_, end), logits in zip(model.reads, model.logits, strict=True)}
+    for end in (60, 64, 65, 66, 100, 128, 129, 139):  # alpha is 3 from 65 and 7 from 129 tokens
+        golden_v1.assert_parity(seen[end], cold_logits(model.model, ids[:end]))
+
+
+def test_grow_reads_a_sequence_again_at_thresholds_only(monkeypatch):
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 50)
+    model = RecordingModel()
+    reply_past_thresholds(model, "grow")
+    assert [end for past, end in model.reads if past == 0] == [50, 50, 50]
+    assert [read for read in model.reads if read[1] in (65, 129)] == [(50, 65), (100, 129)]
+    assert len(model.reads) == 2 + 4 + 2 + 63 + 3 + 10
+
+
+def test_published_policy_keeps_the_alpha_of_the_prompt():
+    model = RecordingModel()
+    ids = reply_past_thresholds(model, "published")
+    assert [past for past, _ in model.reads].count(0) == 1
+    kept = cold_logits(model.model, ids[:-1], prompt_length=60)
+    golden_v1.assert_parity(model.logits[-1], kept)
+    assert (kept - cold_logits(model.model, ids[:-1])).abs().max() > 1
+
+
+def test_reading_again_can_be_cancelled(monkeypatch):
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 50)
+    cancel, starts = threading.Event(), []
+
+    def cancel_at_second_start(past):
+        starts.append(past == 0)
+        if sum(starts) == 2:
+            cancel.set()
+
+    model = RecordingModel(cancel_at_second_start)
+    ids = reply_past_thresholds(model, "grow", cancel=cancel)
+    assert (len(ids), model.reads[-1]) == (65, (0, 50))
+
+
+@pytest.mark.parametrize(
+    ("policy", "named"), [("grow", "dynamic NTK.*--ntk-policy"), ("shrink", "shrink")]
+)
+def test_ntk_policy_that_a_model_cannot_have_is_refused(policy, named):
+    with pytest.raises(InvalidSetting, match=named):
+        Engine(CountingModel(), eos_token_ids=[], context_length=64, ntk_policy=policy)

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from qwen.errors import (
     EmptyMessage,
     InvalidRequest,
+    InvalidSetting,
     MessageTooLong,
     OutOfMemory,
     PromptTooLong,
@@ -513,3 +514,8 @@ def test_qwen_v1_base_model_completes_raw_text(tmp_path):
     request = ChatRequest(raw_prompt="hello", params=SamplingParams(max_new_tokens=2))
     assert not backend.info.is_chat
     assert list(backend.stream(request, threading.Event()))[-1].usage.prompt_tokens >= 1
+
+
+def test_ntk_policy_reaches_the_engine():
+    with pytest.raises(InvalidSetting, match="dynamic NTK"):
+        build_backend(build_tiny_model(), build_byte_tokenizer(), name="tiny", ntk_policy="grow")

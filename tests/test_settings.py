@@ -65,6 +65,14 @@ def test_password_may_hold_a_colon_and_come_from_the_environment():
         ([], {"GRADIO_SERVER_PORT": "x"}, "GRADIO_SERVER_PORT"),
         (["--max-input-tokens", "-5"], {}, "above 0"),
         (["--dtype", "int3"], {}, "int3"),
+        (["--kv-cache", "int3"], {}, "int3"),
+        (["--num-gpus", "0"], {}, "above 0"),
+        (["--num-gpus", "-1"], {}, "above 0"),
+        (["--num-gpus", "two"], {}, "above 0"),
+        (["--num-gpus", "2", "--cpu-only"], {}, "contradict"),
+        (["--offload-folder", __file__], {}, "not a folder"),
+        (["--offload-folder", ""], {}, "not a folder"),
+        (["--ntk-policy", "shrink"], {}, "shrink"),
     ],
 )
 def test_wrong_value_is_named(argv, environ, named, capsys):
@@ -72,6 +80,28 @@ def test_wrong_value_is_named(argv, environ, named, capsys):
         parse_settings(argv, environ)
     assert stopped.value.code == 2
     assert named in capsys.readouterr().err
+
+
+def test_gpus_and_disk_are_left_to_the_model_unless_asked_for(tmp_path):
+    settings = parse_settings([], {})
+    assert (settings.num_gpus, settings.offload_folder) == (None, None)
+    settings = parse_settings(["--num-gpus", "2", "--offload-folder", str(tmp_path / "new")], {})
+    assert (settings.num_gpus, settings.offload_folder) == (2, tmp_path / "new")
+
+
+def test_offload_folder_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse_settings(["--offload-folder", "x"], {}).offload_folder == tmp_path / "x"
+
+
+def test_preflight_is_obeyed_unless_the_user_insists():
+    assert not parse_settings([], {}).skip_preflight
+    assert parse_settings(["--skip-preflight"], {}).skip_preflight
+
+
+def test_replies_keep_the_published_ntk_unless_asked_otherwise():
+    assert parse_settings([], {}).ntk_policy == "published"
+    assert parse_settings(["--ntk-policy", "grow"], {}).ntk_policy == "grow"
 
 
 def test_help_names_every_setting(capsys):
