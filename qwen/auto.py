@@ -36,11 +36,12 @@ def load_public_name(name: str) -> Any:
 
 @functools.cache
 def register_qwen() -> None:
-    """Make Qwen v1 known to Transformers' auto classes. Thread-safe by being repeatable."""
+    """Make Qwen v1 and GPTQ known to Transformers' auto classes. Thread-safe: may be repeated."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
     from transformers.models.auto import tokenization_auto
 
     from qwen.configuration_qwen import QWenConfig
+    from qwen.gptq_loading import register_gptq
     from qwen.modeling_qwen import QWenLMHeadModel, QWenModel
     from qwen.tokenization_qwen import QWenTokenizer
 
@@ -50,6 +51,7 @@ def register_qwen() -> None:
     # Not AutoTokenizer.register(QWenConfig, ...): a tokenizer found through its configuration
     # loses against the checkpoint's own code, one found by its name (tokenizer_class) wins.
     tokenization_auto.REGISTERED_TOKENIZER_CLASSES[QWenTokenizer.__name__] = QWenTokenizer
+    register_gptq()
 
 
 def snapshot_download(model_id: str, revision: str | None = None) -> str:

@@ -1,7 +1,8 @@
 """A checkpoint's name → a folder on disk that Transformers can load.
 
-A name is `auto`, a local folder, a local `.gguf` file, `OWNER/NAME[@REVISION]` on Hugging Face, or
-`modelscope:OWNER/NAME[@REVISION]`. Knows where weights come from, not what is in them.
+A name is `auto`, a local folder (of a model or a LoRA adapter), a local `.gguf` file,
+`OWNER/NAME[@REVISION]` on Hugging Face, or `modelscope:OWNER/NAME[@REVISION]`. Knows where weights
+come from, not what is in them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from qwen.adapters import is_adapter, read_adapter
 from qwen.backend import ReportProgress, ignore_progress
 from qwen.carriers import EMBEDDED_MODEL, GgufModel
 from qwen.checkpoint_files import missing_files
@@ -63,11 +65,13 @@ class ResolvedCheckpoint:
         folder: Configuration, tokenizer and safetensors.
         name: As a user knows it.
         notices: Sentences about choices made that a user should know.
+        adapter: Folder of a LoRA adapter to be merged into the model in `folder`.
     """
 
     folder: Path
     name: str
     notices: tuple[str, ...] = ()
+    adapter: Path | None = None
 
 
 def parse_checkpoint(name: str) -> CheckpointName:
@@ -140,27 +144,18 @@ def _shortened(text: str) -> str:
     return text if len(text) <= 200 else text[:200] + "…"
 
 
-def choose_default(*, cuda_memory: int | None, runs_int4: bool) -> tuple[str, tuple[str, ...]]:
+def choose_default(*, cuda_memory: int | None) -> str:
     """Choose what `auto` means on a machine.
 
     Args:
         cuda_memory: Bytes of the GPU's memory; None without CUDA.
-        runs_int4: Whether Int4 checkpoints can be run.
 
     Returns:
-        A hub's name, or "" for the embedded model; and notices for the user.
+        A hub's name, or "" for the embedded model.
     """
     if cuda_memory is None:
-        return "", ()
-    needs_int4 = cuda_memory < _INT4_BELOW
-    name = "Qwen/Qwen-7B-Chat-Int4" if needs_int4 else "Qwen/Qwen-7B-Chat"
-    if runs_int4 or not needs_int4:
-        return name, ()
-    notice = (
-        f"This machine's GPU would run {name}, but this version cannot run Int4 checkpoints yet; "
-        f"{EMBEDDED_MODEL.name} is used instead. Name another checkpoint with -c for a larger one."
-    )
-    return "", (notice,)
+        return ""
+    return "Qwen/Qwen-7B-Chat-Int4" if cuda_memory < _INT4_BELOW else "Qwen/Qwen-7B-Chat"
 
 
 def resolve_checkpoint(
@@ -186,7 +181,8 @@ def resolve_checkpoint(
     """
     parsed = parse_checkpoint(name)
     if parsed.kind == "auto":
-        repository, notices = choose_default(cuda_memory=cuda_memory, runs_int4=False)
+        repository = choose_default(cuda_memory=cuda_memory)
+        notices: tuple[str, ...] = ()
         if repository:
             try:
                 return resolve_checkpoint(repository, cache=cache, report=report)
@@ -198,7 +194,10 @@ def resolve_checkpoint(
         folder = resolve_embedded(gguf_dtype=gguf_dtype, cache=cache, report=report)
         return ResolvedCheckpoint(folder, EMBEDDED_MODEL.name, notices)
     if parsed.kind == "folder":
-        return _resolve_folder(Path(parsed.value))
+        folder = Path(parsed.value)
+        if is_adapter(folder):
+            return _resolve_adapter(folder, gguf_dtype=gguf_dtype, cache=cache, report=report)
+        return _resolve_folder(folder)
     if parsed.kind == "gguf":
         file = local_gguf(Path(parsed.value))
         folder = convert_gguf(file, dtype=gguf_dtype, cache=cache or cache_folder(), report=report)
@@ -234,6 +233,28 @@ def resolve_embedded(
         return folder
     path = fetch_data_file(model.file, folder=cache / "files", report=report)
     return convert_gguf(replace(file, path=path), dtype=gguf_dtype, cache=cache, report=report)
+
+
+def _resolve_adapter(
+    folder: Path, *, gguf_dtype: WeightsDtype, cache: Path | None, report: ReportProgress
+) -> ResolvedCheckpoint:
+    """Find the base model of an adapter; see `qwen.adapters`."""
+    adapter = read_adapter(folder)
+    if Path(adapter.base).is_dir() and is_adapter(Path(adapter.base)):
+        raise CheckpointUnsupported(
+            f"The base of the adapter in {folder} is an adapter itself ({adapter.base}). Merge "
+            "that one into its base model, save the merged model, and name it as the base."
+        )
+    try:
+        base = resolve_checkpoint(adapter.base, gguf_dtype=gguf_dtype, cache=cache, report=report)
+    except (CheckpointNotFound, HubUnreachable) as error:
+        looked_at = f" (not on disk at {adapter.looked_at})" if adapter.looked_at else ""
+        raise type(error)(
+            f"The adapter in {folder} has the base model {adapter.base}{looked_at}: {error} A base "
+            "on disk is named by base_model_name_or_path in adapter_config.json."
+        ) from error
+    notice = f"The adapter {folder.name} is merged into its base model {base.name}."
+    return replace(base, name=folder.name, notices=(*base.notices, notice), adapter=folder)
 
 
 def _resolve_folder(folder: Path) -> ResolvedCheckpoint:

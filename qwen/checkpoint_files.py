@@ -60,9 +60,14 @@ def missing_files(folder: Path) -> tuple[str, ...]:
     """Return what a folder lacks to be a checkpoint; empty when all is there."""
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
     missing += [name for name in weight_files(folder) if not (folder / name).is_file()]
-    if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
+    if not has_tokenizer(folder):
         missing.append(" or ".join(" + ".join(names) for names in _TOKENIZERS))
     return tuple(missing)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Tell whether a folder holds the files of a tokenizer."""
+    return any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS)
 
 
 def check_weight_files(folder: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from qwen.adapters import check_dense, merge_adapter, tokenizer_folder
 from qwen.auto import register_qwen
 from qwen.backend import ReportProgress, ignore_progress
 from qwen.checkpoint import parse_checkpoint, resolve_checkpoint
@@ -25,6 +26,7 @@ from qwen.errors import (
     is_out_of_memory,
 )
 from qwen.gguf import WeightsDtype, quiet_transformers
+from qwen.placement import Placement, check_num_gpus, place_model, place_on, placement_notices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,6 +57,8 @@ def load_model(
     *,
     device: DeviceChoice = "auto",
     dtype: DtypeChoice = "auto",
+    num_gpus: int | None = None,
+    offload_folder: Path | None = None,
     cache: Path | None = None,
     report: ReportProgress = ignore_progress,
 ) -> LoadedModel:
@@ -62,13 +66,16 @@ def load_model(
 
     Args:
         checkpoint: See `qwen.checkpoint`.
-        device: "auto" is the first GPU if CUDA finds one.
+        device: "auto" is a GPU if CUDA finds one, or several where one has too little room.
         dtype: "auto" is bfloat16 where the hardware computes in it, else float32.
+        num_gpus: Spread the model over so many GPUs; None is as few as needed.
+        offload_folder: Where weights may wait on disk that fit neither GPUs nor memory.
         cache: Where downloads and conversions are kept; None is the user's cache folder.
         report: Is told what is being done.
 
     Raises:
         CheckpointError: The checkpoint cannot be had, read or run.
+        InvalidSetting: There are not so many GPUs.
         OutOfMemory: It does not fit; what had been loaded is freed.
     """
     parse_checkpoint(checkpoint)  # a misspelt name fails before seconds of imports
@@ -76,16 +83,50 @@ def load_model(
     import torch
 
     use_cuda = device == "auto" and torch.cuda.is_available()
+    if num_gpus is not None:
+        check_num_gpus(num_gpus, available=torch.cuda.device_count() if use_cuda else 0)
     memory = torch.cuda.get_device_properties(0).total_memory if use_cuda else None
     chosen = choose_dtype(
-        dtype, has_cuda=use_cuda, cpu_has_bfloat16=not use_cuda and _cpu_has_bfloat16()
+        dtype, has_cuda=use_cuda, cpu_has_bfloat16=not use_cuda and cpu_has_bfloat16()
     )
     resolved = resolve_checkpoint(
         checkpoint, gguf_dtype=chosen, cuda_memory=memory, cache=cache, report=report
     )
-    place = "cuda:0" if use_cuda else "cpu"
-    model, tokenizer = load_folder(resolved.folder, device=place, dtype=chosen, report=report)
-    return LoadedModel(model, tokenizer, resolved.name, resolved.notices)
+    placement = place_model(
+        resolved.folder,
+        dtype=chosen,
+        use_cuda=use_cuda,
+        num_gpus=num_gpus,
+        offload_folder=offload_folder,
+    )
+    model, tokenizer = load_folder(
+        resolved.folder,
+        placement=placement,
+        adapter=resolved.adapter,
+        dtype=chosen,
+        report=report,
+    )
+    from qwen.gptq_loading import quantization_notices
+
+    notices = (*resolved.notices, *placement_notices(model), *quantization_notices(model))
+    return LoadedModel(model, tokenizer, resolved.name, notices)
+
+
+def load_model_on_gpus(
+    checkpoint: str, num_gpus: int = 2, *, dtype: DtypeChoice = "auto"
+) -> PreTrainedModel:
+    """Load a model spread over several GPUs, layer by layer, ready to run.
+
+    Args:
+        checkpoint: See `qwen.checkpoint`.
+        num_gpus: GPUs 0 to num_gpus - 1 are used.
+        dtype: See `load_model`.
+
+    Raises:
+        InvalidSetting: There are not so many GPUs.
+        CheckpointError: As `load_model`; likewise `OutOfMemory`.
+    """
+    return load_model(checkpoint, num_gpus=num_gpus, dtype=dtype).model
 
 
 def choose_dtype(choice: DtypeChoice, *, has_cuda: bool, cpu_has_bfloat16: bool) -> WeightsDtype:
@@ -99,7 +140,7 @@ def choose_dtype(choice: DtypeChoice, *, has_cuda: bool, cpu_has_bfloat16: bool)
     return "bfloat16" if has_cuda or cpu_has_bfloat16 else "float32"
 
 
-def _cpu_has_bfloat16() -> bool:
+def cpu_has_bfloat16() -> bool:
     """Tell whether the CPU multiplies in bf16 (AVX-512 BF16 or AMX on x86, BF16 on ARM)."""
     import torch
 
@@ -111,6 +152,8 @@ def load_folder(
     folder: Path,
     *,
     device: str = "cpu",
+    placement: Placement | None = None,
+    adapter: Path | None = None,
     dtype: WeightsDtype = "float32",
     report: ReportProgress = ignore_progress,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -118,7 +161,10 @@ def load_folder(
 
     Args:
         folder: Configuration, tokenizer and safetensors.
-        device: As torch spells it.
+        device: As torch spells it; where the whole model goes.
+        placement: Where its parts go, instead of `device`.
+        adapter: Folder of a LoRA adapter that is merged into the model; its tokenizer, if it has
+            one, replaces the model's.
         dtype: Of weights and computation.
         report: Is told what is being done.
 
@@ -127,6 +173,8 @@ def load_folder(
         CheckpointUnsupported: The model's kind or its quantisation is not run by this version.
         OutOfMemory: It does not fit; what had been loaded is freed.
     """
+    if adapter is not None:
+        check_dense(folder, adapter)
     check_supported(load_json(folder / "config.json"), folder)
     check_weight_files(folder)
     if (folder / "generation_config.json").exists():
@@ -136,9 +184,12 @@ def load_folder(
         with quiet_transformers():
             register_qwen()
             report("Loading the tokenizer")
-            tokenizer = _load_tokenizer(folder)
+            tokenizer = _load_tokenizer(tokenizer_folder(folder, adapter))
             report("Loading the weights")
-            model = _load_weights(folder, device, dtype)
+            model = _load_weights(folder, placement or place_on(device), dtype)
+            if adapter is not None:
+                report("Merging the adapter")
+                model = merge_adapter(model, adapter)
             _check_vocabulary(tokenizer, model, folder)
     except Exception as error:
         logger.warning("Loading %s failed", folder, exc_info=error)
@@ -162,15 +213,13 @@ def check_supported(config: dict[str, Any], folder: Path) -> None:
         )
     quantization = config.get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise CheckpointUnsupported(
-            f"{folder} is quantised ({method or 'by an unknown method'}), which this version "
-            "cannot run yet. Choose the unquantised checkpoint, or a .gguf file."
-        )
+        from qwen.gptq_format import parse_gptq_config
+
+        parse_gptq_config(quantization, name=str(folder))
     if (folder / "adapter_config.json").exists():
         raise CheckpointUnsupported(
-            f"{folder} holds an adapter (adapter_config.json), which this version cannot apply. "
-            "Merge it into its base model and name the merged folder."
+            f"{folder} holds an adapter (adapter_config.json) beside a whole model. Move the "
+            "adapter's files to a folder of their own and name that, or remove adapter_config.json."
         )
 
 
@@ -188,9 +237,11 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _load_weights(folder: Path, device: str, dtype: WeightsDtype) -> PreTrainedModel:
+def _load_weights(folder: Path, placement: Placement, dtype: WeightsDtype) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qwen.gptq_loading import read_settings
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if type(config) not in AutoModelForCausalLM._model_mapping:
@@ -198,16 +249,18 @@ def _load_weights(folder: Path, device: str, dtype: WeightsDtype) -> PreTrainedM
             f"{folder} is no language model that continues text (model_type "
             f"'{config.model_type}'). Choose a chat or base model."
         )
+    if settings := read_settings(folder):
+        config.quantization_config = settings
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
         dtype=getattr(torch, dtype),
         attn_implementation="sdpa",
-        device_map=None if device == "cpu" else {"": device},
         use_safetensors=True,
         local_files_only=True,
         trust_remote_code=False,
         output_loading_info=True,
+        **placement.options,
     )
     model: PreTrainedModel
     model, info = loaded
@@ -243,6 +296,11 @@ def _explained(error: Exception, folder: Path) -> QwenError:
         return OutOfMemory(
             f"There is not enough memory to load {folder.name}. Close other programs, choose a "
             "smaller checkpoint, or a dtype of half the size (bfloat16)."
+        )
+    if "offload_folder" in str(error):
+        return OutOfMemory(
+            f"The memory has no room for all of {folder.name}. Choose a smaller checkpoint, or "
+            "name a folder to keep the rest on disk (--offload-folder), which is very slow."
         )
     if isinstance(error, ImportError):
         return CheckpointUnsupported(

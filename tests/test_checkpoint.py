@@ -131,15 +131,7 @@ def test_names_of_nothing_are_refused_at_once(
     ],
 )
 def test_auto_follows_the_memory_of_the_gpu(memory: int | None, expected: str) -> None:
-    assert choose_default(cuda_memory=memory, runs_int4=True) == (expected, ())
-
-
-def test_auto_takes_the_embedded_model_and_says_so_where_only_int4_would_fit() -> None:
-    name, notices = choose_default(cuda_memory=8 * 10**9, runs_int4=False)
-    assert name == ""
-    assert "Qwen-7B-Chat-Int4" in notices[0] and "cannot run" in notices[0]
-    big = choose_default(cuda_memory=80 * 10**9, runs_int4=False)
-    assert big == ("Qwen/Qwen-7B-Chat", ())
+    assert choose_default(cuda_memory=memory) == expected
 
 
 def test_auto_on_a_gpu_without_a_hub_takes_the_embedded_model_and_says_so(

@@ -204,7 +204,7 @@ def test_tokenizer_of_another_model_is_refused(folder: Path) -> None:
         load_folder(folder)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
+@pytest.mark.parametrize("method", ["awq", "bitsandbytes", "compressed-tensors"])
 def test_quantised_weights_are_refused_by_name(folder: Path, method: str) -> None:
     edit_json(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
     with pytest.raises(CheckpointUnsupported, match=method):

@@ -51,13 +51,23 @@ def write_tiny_folder(folder: Path, *, chat: bool = True, tied: bool = False) ->
     return folder
 
 
-def write_tiny_gguf(path: Path, *, tied: bool = False, architecture: str = "qwen2") -> Path:
-    """Write a random model in the GGUF layout that llama.cpp gives to Qwen2."""
+def write_tiny_gguf(
+    path: Path,
+    *,
+    tied: bool = False,
+    architecture: str = "qwen2",
+    split: str = "qwen2",
+    merge: str = "a b",
+) -> Path:
+    """Write a random model in the GGUF layout that llama.cpp gives to Qwen2.
+
+    Its tokenizer has one merge, and `split` names how it divides text before merging.
+    """
     import gguf
     import numpy as np
 
     random = np.random.default_rng(0)
-    vocabulary = [*byte_tokens(), "ab", *SPECIAL]
+    vocabulary = [*byte_tokens(), merge.replace(" ", ""), *SPECIAL]
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(HIDDEN)
@@ -68,11 +78,11 @@ def write_tiny_gguf(path: Path, *, tied: bool = False, architecture: str = "qwen
     writer.add_rope_freq_base(1_000_000.0)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre(split)
     writer.add_token_list(vocabulary)
     kinds = [gguf.TokenType.NORMAL] * 257 + [gguf.TokenType.CONTROL] * 3
     writer.add_token_types(kinds)
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges([merge])
     writer.add_eos_token_id(len(vocabulary) - 1)
     writer.add_pad_token_id(len(vocabulary) - 3)
     writer.add_bos_token_id(len(vocabulary) - 3)
