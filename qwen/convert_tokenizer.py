@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,16 @@ _SAMPLES = (
     "cafe\u0301 A\u030a \u1112\u1161\u11ab \ufb01 \u212b",  # NFC changes these
     "def f(x):\r\n    return {'a': [x ** 2]}  # комментарий, 日本語, العربية, 👩‍💻\n",
     ENDOFTEXT + IMSTART + IMEND,
+)
+#: What a tokenizer of another family may consist of.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
 )
 #: A conversation to tell whether a template is ChatML.
 _CHAT = (("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."), ("user", "Bye"))
@@ -120,6 +131,28 @@ class _RanksConverter(TikTokenConverter):
         return self._tokenizer.mergeable_ranks
 
 
+def keep_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer of another family as it is.
+
+    Raises:
+        CheckpointDamaged: It cannot be read.
+    """
+    _load_fast(source)
+    for pattern in _TOKENIZER_FILES:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, target / path.name)
+
+
+def _load_fast(source: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointDamaged(
+            f"The tokenizer in {source} (tokenizer.json, tokenizer_config.json) cannot be read. "
+            "Fetch these files again."
+        ) from error
+
+
 def write_qwen1_tokenizer(
     source: Path, target: Path, *, trained_length: int, allow_other_ranks: bool
 ) -> tuple[EndTokens, bool, tuple[str, ...]]:
@@ -138,13 +171,7 @@ def write_qwen1_tokenizer(
         CheckpointDamaged: The vocabulary cannot be read.
         CheckpointUnsupported: Another vocabulary, chat template or way of splitting than Qwen's.
     """
-    try:
-        fast: Any = AutoTokenizer.from_pretrained(source, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointDamaged(
-            f"The tokenizer in {source} (tokenizer.json, tokenizer_config.json) cannot be read. "
-            "Fetch these files again."
-        ) from error
+    fast = _load_fast(source)
     is_chat = bool(fast.chat_template)
     if is_chat and not _is_chatml(fast):
         raise CheckpointUnsupported(
