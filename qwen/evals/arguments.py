@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen.backend import ignore_progress
 from qwen.errors import QwenError, StartupError, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def load_measured(given: argparse.Namespace) -> tuple[Any, Corpus, str]:
         given.checkpoint_path,
         device="cpu" if given.cpu_only else "auto",
         dtype=given.dtype,
-        report=_print_nothing,
+        report=ignore_progress,
     )
     for notice in loaded.notices:
         print(f"Note: {notice}")
@@ -115,7 +116,3 @@ def load_measured(given: argparse.Namespace) -> tuple[Any, Corpus, str]:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     corpus = read_corpus(loaded.tokenizer, text=given.text, ids=given.ids, vocabulary=vocabulary)
     return model, corpus, loaded.name
-
-
-def _print_nothing(step: str, *, done: int = 0, total: int = 0, unit: str = "") -> None:
-    """Report no progress: a measurement prints its own."""

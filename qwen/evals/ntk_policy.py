@@ -133,18 +133,24 @@ def plot_steps(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
+    draw_steps(figure.subplots(), results)
+    figure.savefig(path, dpi=150)
+
+
+def draw_steps(axes: Any, results: dict[str, Any]) -> None:
+    """Draw what `plot_steps` does on axes of a figure."""
     for policy, figures in results["perplexity"].items():
         starts = [results["prompt"] + i * results["step"] for i in range(len(figures))]
         axes.plot(starts, figures, marker="o", label=policy)
     axes.axvline(results["trained_length"], color="grey", linestyle=":", label="trained length")
     axes.set_yscale("log")
     axes.set_xlabel("tokens of the sequence")
-    axes.set_ylabel(f"perplexity of the next {results['step']} tokens")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.set_ylabel(f"perplexity of the next {results['step']:,} tokens")
     axes.set_title(f"{results['checkpoint']}: a reply to {results['prompt']:,} tokens", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -178,17 +178,23 @@ def plot_cells(
     from matplotlib.figure import Figure  # without pyplot: no display, no state of its own
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
+    draw_cells(figure.subplots(), cells, titles, title=title)
+    figure.savefig(path, dpi=150)
+
+
+def draw_cells(
+    axes: Any, cells: Mapping[Key, Cell], titles: Mapping[str, str], *, title: str
+) -> None:
+    """Draw what `plot_cells` does on axes of a figure."""
     # Up to the trained length the lines lie on each other.
     for (name, row), style in zip(titles.items(), ("-", "--", ":"), strict=False):
         points = sorted((c.length, c.perplexity) for c in cells.values() if c.row == name)
         if points:
             axes.plot(*zip(*points, strict=True), style, marker="o", label=row)
-    draw_axes(axes, title=title)
-    figure.savefig(path, dpi=150)
+    _label_axes(axes, title=title)
 
 
-def draw_axes(axes: Any, *, title: str) -> None:
+def _label_axes(axes: Any, *, title: str) -> None:
     """Label axes with window lengths in k and perplexities in plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
