@@ -94,7 +94,7 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen": (5, "transformers"),
     # What measures, from outside.
     "qwen.evals": (6, ""),
-    "qwen.evals.machine": (6, ""),
+    "qwen.evals.machine": (6, "torch"),
     "qwen.evals.streaming": (6.5, "httpx"),
     "qwen.evals.corpus": (6, "numpy"),
     "qwen.evals.long_context": (6, "torch transformers"),

@@ -204,7 +204,7 @@ def _label_axes(axes: Any, *, title: str) -> None:
         FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}")
     )
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("tokens of the window")
     axes.set_ylabel("perplexity")
