@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 
-from qwen.devices import input_device
+from qwen.decoder import Decoder
 from qwen.errors import (
     BackendFailed,
     BackendNotReady,
@@ -29,6 +29,7 @@ from qwen.errors import (
     is_out_of_memory,
 )
 from qwen.messages import FinishReason, SamplingParams
+from qwen.readers import DecoderReaders, Readers, SequenceReader, TransformersReaders
 from qwen.sampling import Sampler
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ NtkPolicy = Literal["published", "grow"]
 #: Prompt tokens read between two looks at `cancel`. Measured on 2 CPU cores with the embedded
 #: default: 256 take 0.4 s, at 0.94 of the speed of 1,024 at once; 128 reach 0.8 of it, 64 0.6.
 PREFILL_CHUNK = 256
+
+#: Bytes of sequences kept for reuse: about 20,000 tokens of the embedded default, in float32.
+DEFAULT_PREFIX_BYTES = 512 * 2**20
 
 #: Seconds between two looks at `cancel` while waiting for one's turn.
 _QUEUE_POLL = 0.02
@@ -74,6 +78,9 @@ class Engine:
         context_length: Tokens of prompt and reply together.
         ntk_policy: See `NtkPolicy`.
         kv_cache: "int8" keeps keys and values in int8; "auto" does where the model's config asks.
+        decoder: The model's fast forward; None reads with Transformers' own.
+        prefix_bytes: Memory for what earlier requests have read, which a prompt that begins alike
+            need not read again; 0 keeps nothing. Needs a decoder.
 
     Raises:
         InvalidSetting: "grow" for a model without dynamic NTK, or "int8" for one with layers that
@@ -88,13 +95,14 @@ class Engine:
         context_length: int,
         ntk_policy: NtkPolicy = "published",
         kv_cache: KvCacheChoice = "auto",
+        decoder: Decoder | None = None,
+        prefix_bytes: int = DEFAULT_PREFIX_BYTES,
     ) -> None:
-        from qwen.int8_cache import choose_kv_cache
-
         _check_ntk_policy(ntk_policy, model.config)
-        self._new_cache = choose_kv_cache(model.config, kv_cache=kv_cache)
-        self._model = model
-        self._ntk_policy = ntk_policy
+        self._readers: Readers | None = _build_readers(
+            model, decoder, kv_cache=kv_cache, max_length=context_length, prefix_bytes=prefix_bytes
+        )
+        self._ntk_alpha = model.config.ntk_alpha if ntk_policy == "grow" else None
         self._eos = frozenset(eos_token_ids)
         self._context_length = context_length
         self._vocab_size: int = model.get_input_embeddings().weight.shape[0]
@@ -139,7 +147,9 @@ class Engine:
         Does not wait: a running request ends within one token and frees the memory then.
         """
         self._closed.set()
-        self._model = None
+        readers, self._readers = self._readers, None
+        if readers is not None:
+            readers.clear()
 
     def _check(self, ids: Sequence[int]) -> None:
         if self._closed.is_set():
@@ -164,24 +174,23 @@ class Engine:
         def cancelled() -> bool:
             return cancel.is_set() or self._closed.is_set()
 
-        model = self._model
+        readers = self._readers
         reason: FinishReason = "cancelled"
         with self._turns.turn(give_up=cancelled) as has_turn:
-            if has_turn and model is not None:
+            if has_turn and readers is not None:
                 sequence = _named_errors(
-                    lambda: _Sequence(
-                        model,
-                        ids,
-                        params,
-                        new_cache=self._new_cache,
-                        ntk_policy=self._ntk_policy,
-                    )
+                    lambda: _Sequence(readers, ids, params, ntk_alpha=self._ntk_alpha)
                 )
                 try:
                     reason = yield from self._tokens(sequence, params, cancelled)
+                except OutOfMemory:
+                    readers.clear()
+                    raise
                 finally:
                     # A caller may hold on to the error of a step, and so to this frame.
                     sequence.free()
+                    if self._closed.is_set():
+                        readers.clear()
         yield EngineStep(finish_reason=reason)
 
     def _tokens(
@@ -201,7 +210,7 @@ class Engine:
 
 
 class _Sequence:
-    """One request's tokens, cache and sampler. Every method may run on another thread.
+    """One request's tokens, reader and sampler. Every method may run on another thread.
 
     `torch.inference_mode` belongs to a thread, so each method enters it anew: held across a
     `yield`, it would leak into whatever else the thread does.
@@ -209,33 +218,33 @@ class _Sequence:
 
     def __init__(
         self,
-        model: Any,
+        readers: Readers,
         ids: tuple[int, ...],
         params: SamplingParams,
         *,
-        new_cache: Callable[[], Any],
-        ntk_policy: NtkPolicy,
+        ntk_alpha: Callable[[int], int] | None,
     ) -> None:
         self.prompt_length = len(ids)
-        self._model = model
-        self._new_cache = new_cache
-        self._grows = ntk_policy == "grow"
+        self._readers: Readers | None = readers
+        self._ntk_alpha = ntk_alpha
         self._ids = list(ids)
         with torch.inference_mode():
-            self._sampler = Sampler(params, torch.tensor(ids, device=input_device(model)))
+            self._sampler = Sampler(params, torch.tensor(ids, device=readers.device))
+        self._reader: SequenceReader | None = None
         self._start()
 
     def _start(self) -> None:
-        """Have the model read all tokens there are, from an empty cache."""
-        model = self._model
+        """Have the model read all tokens there are, from the beginning."""
+        assert self._readers is not None
         self._logits: torch.Tensor | None = None
-        self._cache: Any = None  # freed before the next one grows
-        self._cache = self._new_cache()
-        # Qwen v1 scales its rotary base by the whole prompt's length, and here it comes in chunks.
-        is_v1 = model.config.model_type == "qwen"
-        self._options = {"prompt_length": len(self._ids)} if is_v1 else {}
+        self._alpha_length = len(self._ids)
+        if self._reader is not None:  # freed before the next one grows
+            self._reader.close()
+        self._reader = None
         with torch.inference_mode():
-            self._unread = torch.tensor(self._ids, dtype=torch.int64, device=input_device(model))
+            self._reader = self._readers.start(self._ids, chunk=PREFILL_CHUNK)
+            unread = self._ids[self._reader.num_read :]
+            self._unread = torch.tensor(unread, dtype=torch.int64, device=self._readers.device)
 
     @property
     def is_read(self) -> bool:
@@ -244,16 +253,10 @@ class _Sequence:
 
     def read_chunk(self) -> None:
         """Run the model on the next tokens that it has not read."""
+        assert self._reader is not None
         with torch.inference_mode():
             chunk = self._unread[:PREFILL_CHUNK]
-            output = self._model(
-                chunk[None],
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-                **self._options,
-            )
-            self._logits = output.logits[0, -1]
+            self._logits = self._reader.read(chunk)
             self._unread = self._unread[len(chunk) :]
 
     def choose(self) -> int:
@@ -263,21 +266,41 @@ class _Sequence:
             token_id = self._sampler.choose(self._logits)
             self._unread = self._unread.new_tensor([token_id])
         self._ids.append(token_id)
-        if self._grows and self._has_outgrown_alpha():
+        if self._ntk_alpha is not None and self._has_outgrown(self._ntk_alpha):
             self._start()
         return token_id
 
-    def _has_outgrown_alpha(self) -> bool:
+    def _has_outgrown(self, ntk_alpha: Callable[[int], int]) -> bool:
         """Tell whether a prompt as long as the sequence now is would get another alpha."""
-        alpha = self._model.config.ntk_alpha
-        return bool(alpha(len(self._ids)) != alpha(self._options["prompt_length"]))
+        return ntk_alpha(len(self._ids)) != ntk_alpha(self._alpha_length)
 
     def free(self) -> None:
-        """Let go of the cache and the model."""
+        """Let go of the model, and of the sequence's memory unless it is kept for reuse."""
         is_cuda = self._unread.is_cuda
-        self._cache = self._logits = self._model = None
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = self._logits = self._readers = None
         if is_cuda:
             torch.cuda.empty_cache()
+
+
+def _build_readers(
+    model: Any,
+    decoder: Decoder | None,
+    *,
+    kv_cache: KvCacheChoice,
+    max_length: int,
+    prefix_bytes: int,
+) -> Readers:
+    from qwen.int8_cache import Int8Cache, choose_kv_cache
+
+    new_cache = choose_kv_cache(model.config, kv_cache=kv_cache)
+    if decoder is None:
+        return TransformersReaders(model, new_cache=new_cache)
+    if isinstance(new_cache(), Int8Cache):
+        logger.warning("Decoding with Transformers' forward, which is slower: the cache is int8.")
+        return TransformersReaders(model, new_cache=new_cache)
+    return DecoderReaders(decoder, prefix_bytes=prefix_bytes, max_length=max_length)
 
 
 def _check_ntk_policy(ntk_policy: NtkPolicy, config: Any) -> None:

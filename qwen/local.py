@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qwen.backend import BackendInfo, MemoryUse, ReportProgress, ignore_progress
 from qwen.chat_format import ChatFormat, TextTokenizer
+from qwen.decoder import build_decoder
 from qwen.devices import describe_devices
 from qwen.engine import Engine, EngineStep, NtkPolicy
 from qwen.errors import InvalidRequest, InvalidSetting
@@ -32,6 +33,7 @@ from qwen.model_shape import read_context_length
 from qwen.prompt import Prompt, PromptBuilder
 from qwen.text_stream import stream_until_stop, stream_utf8
 from qwen.tokenizer import build_chat_format, build_text_tokenizer
+from qwen.weights_cache import cache_folder
 
 if TYPE_CHECKING:
     from qwen.int8_cache import KvCacheChoice
@@ -263,6 +265,7 @@ def load_backend(
         ntk_policy=ntk_policy,
         context_limit=checked.context_limit,
         memory=checked.memory,
+        kernels_folder=cache_folder() / "kernels" if dtype == "auto" else None,
     )
     report("Warming up")
     backend.warm_up()
@@ -280,6 +283,7 @@ def build_backend(
     ntk_policy: NtkPolicy = "published",
     context_limit: int | None = None,
     memory: MemoryUse | None = None,
+    kernels_folder: Path | None = None,
 ) -> LocalBackend:
     """Build the backend on a model and a tokenizer of Transformers.
 
@@ -293,6 +297,7 @@ def build_backend(
         ntk_policy: For models with dynamic NTK.
         context_limit: Offer so many tokens of context at most.
         memory: What the model takes.
+        kernels_folder: See `qwen.decoder.build_decoder`.
 
     Raises:
         CheckpointUnsupported: The tokenizer is of a kind that cannot be made safe.
@@ -317,12 +322,14 @@ def build_backend(
         notices=notices,
         memory=memory,
     )
+    decoder = build_decoder(model, kernels_folder=kernels_folder)
     engine = Engine(
         model,
         eos_token_ids=read_end_tokens(model.generation_config, tokenizer, texts),
         context_length=context_length,
         kv_cache=kv_cache,
         ntk_policy=ntk_policy,
+        decoder=decoder,
     )
     return LocalBackend(
         engine,

@@ -69,6 +69,9 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen.quantize_layers": (2.9, "torch"),
     "qwen.quantize_files": (2.9, "torch safetensors filelock"),
     "qwen.quantize_run": (3, "torch"),
+    "qwen.tuning_text": (1.6, "torch"),
+    "qwen.quantize_tuning": (2.9, "torch"),
+    "qwen.tuning_run": (3.1, "torch"),
     "qwen.quantize": (3.2, "transformers"),
     # The fast forward.
     "qwen.cpu_kernels": (1, "torch"),

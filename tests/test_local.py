@@ -156,7 +156,7 @@ def test_stop_string_split_across_tokens_ends_the_reply_and_is_not_shown():
 def test_stop_string_ends_generation_at_once():
     backend = scripted("ab STOP and much more")
     run(backend, ask(stop=("STOP",)))
-    assert backend._engine._model.forwards == len(text_ids("ab STOP"))
+    assert backend._engine._readers._model.forwards == len(text_ids("ab STOP"))
     assert reply(backend, ask()) != ""
 
 
@@ -258,7 +258,7 @@ def test_counting_agrees_with_the_stream_and_runs_nothing():
     backend = scripted("hello")
     request = ask("us", "hello", "im")
     usage = backend.count_tokens(request)
-    assert backend._engine._model.forwards == 0
+    assert backend._engine._readers._model.forwards == 0
     assert usage == run(backend, request)[0].context
 
 
@@ -340,8 +340,8 @@ def test_out_of_memory_in_the_middle_keeps_what_was_said_and_the_next_request_wo
     said = []
     with pytest.raises(OutOfMemory):
         said.extend(event.text for event in backend.stream(ask(), threading.Event()))
-    assert backend._engine._model.forwards == 0
-    backend._engine._model.fail_at = None
+    assert backend._engine._readers._model.forwards == 0
+    backend._engine._readers._model.fail_at = None
     assert reply(backend, ask()) == "hello, you"
 
 

@@ -1,0 +1,86 @@
+"""Keys and values of one sequence, in memory that is allocated ahead.
+
+Positions are written once and read in place; a longer sequence doubles the room. Knows no model and
+no attention.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Positions that a store has room for at least, and by which it is rounded up.
+BLOCK = 256
+
+
+class KvStore:
+    """Rotated keys and values of all layers. Not for several threads at once.
+
+    Args:
+        num_layers: Of the model.
+        num_kv_heads: Heads of keys and values.
+        head_dim: Size of a head.
+        dtype: Of what is kept.
+        device: Where it is kept.
+        capacity: Positions to have room for from the start.
+        max_capacity: Positions beyond which the store does not grow; None is no limit.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        capacity: int = BLOCK,
+        max_capacity: int | None = None,
+    ) -> None:
+        self.length = 0
+        self._max_capacity = max_capacity
+        rounded = self._rounded(capacity)
+        shape = (2, num_layers, num_kv_heads, rounded, head_dim)
+        self._data = torch.empty(shape, dtype=dtype, device=device)
+
+    @property
+    def capacity(self) -> int:
+        """Positions that there is room for."""
+        return self._data.shape[3]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all room, used or not."""
+        return self._data.nbytes
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys and values, (num_kv_heads, capacity, head_dim) each, to write to.
+
+        Positions from `length` on hold nothing that means anything.
+        """
+        return self._data[0, index], self._data[1, index]
+
+    def reserve(self, length: int) -> None:
+        """Make room for so many positions; what `layer` returned before is then out of date.
+
+        Raises:
+            ValueError: The store may not grow so far.
+        """
+        if length <= self.capacity:
+            return
+        if self._max_capacity is not None and length > self._max_capacity:
+            raise ValueError(f"{length} positions in a store of at most {self._max_capacity}")
+        shape = list(self._data.shape)
+        shape[3] = self._rounded(max(length, 2 * self.capacity))
+        grown = torch.empty(shape, dtype=self._data.dtype, device=self._data.device)
+        grown[:, :, :, : self.length] = self._data[:, :, :, : self.length]
+        self._data = grown
+
+    def truncate(self, length: int) -> None:
+        """Forget the positions from `length` on; the room is kept."""
+        assert 0 <= length <= self.length
+        self.length = length
+
+    def _rounded(self, length: int) -> int:
+        rounded = -(-length // BLOCK) * BLOCK
+        return rounded if self._max_capacity is None else min(rounded, self._max_capacity)

@@ -1,0 +1,155 @@
+import stat
+import subprocess
+
+import pytest
+import torch
+
+from qwen import cpu_kernels
+from qwen.cpu_kernels import KernelsUnavailable, load_kernels
+from qwen.int8_linear import Int8Linear, stack
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    try:
+        return load_kernels(tmp_path_factory.mktemp("kernels"))
+    except KernelsUnavailable as reason:
+        pytest.skip(str(reason))
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def dense_of(packed, scales, columns):
+    groups = packed.view(len(packed), scales.shape[1], -1).float() * scales[..., None]
+    return groups.flatten(1)[:, :columns]
+
+
+@pytest.mark.parametrize("columns", [8, 32, 88, 896])
+def test_packed_weights_are_within_half_a_step(kernels, columns):
+    weight = random(19, columns)
+    packed, scales = kernels.pack(weight)
+    steps = scales.repeat_interleave(kernels.group_size, 1)[:, :columns]
+    assert ((dense_of(packed, scales, columns) - weight).abs() <= 0.5001 * steps).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_packed_as_their_float32_values(kernels, dtype):
+    weight = random(5, 70).to(dtype)
+    for half, whole in zip(kernels.pack(weight), kernels.pack(weight.float()), strict=True):
+        assert torch.equal(half, whole)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (37, 88), (130, 896), (64, 4864)])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 67])
+def test_product_is_that_of_quantised_weights_and_quantised_activations(
+    kernels, rows, columns, tokens
+):
+    weight, x, bias = random(rows, columns), random(tokens, columns, seed=1), random(rows, seed=2)
+    x[:, 3] *= 50  # one large activation, as real models have them
+    packed, scales = kernels.pack(weight)
+    exact = dense_of(*kernels.pack(x), columns) @ dense_of(packed, scales, columns).T + bias
+    product = kernels.linear(x, packed, scales, bias)
+    torch.testing.assert_close(product, exact, atol=1e-3, rtol=1e-4)
+
+
+def test_result_does_not_depend_on_the_number_of_threads(kernels):
+    packed, scales = kernels.pack(random(100, 96))
+    x, threads = random(9, 96, seed=1), torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            results.append(kernels.linear(x, packed, scales))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_result_is_added_in_place_where_asked(kernels):
+    packed, scales = kernels.pack(random(10, 32))
+    x, out = random(3, 32), random(3, 10, seed=4)
+    expected = out + kernels.linear(x, packed, scales)
+    assert kernels.linear(x, packed, scales, out=out) is out
+    torch.testing.assert_close(out, expected)
+
+
+def test_zero_weights_and_activations_give_zero(kernels):
+    packed, scales = kernels.pack(torch.zeros(4, 40))
+    assert kernels.linear(torch.zeros(2, 40), packed, scales).eq(0).all()
+
+
+def test_norm_and_gate_equal_torch(kernels):
+    from qwen.decoder_ops import TorchOps
+
+    for size in (6, 88, 896):
+        x, weight = random(7, size) * 3, random(size, seed=1)
+        torch.testing.assert_close(
+            kernels.rms_norm(x, weight, 1e-6), TorchOps().rms_norm(x, weight, 1e-6)
+        )
+        both = random(7, 2 * size) * 20
+        torch.testing.assert_close(
+            kernels.silu_mul(both), TorchOps().silu_mul(both), atol=1e-5, rtol=1e-5
+        )
+
+
+def test_stacked_layers_are_the_layers_one_after_another(kernels):
+    layers = [torch.nn.Linear(48, out) for out in (5, 12)]
+    first, second = (Int8Linear.from_linear(layer, kernels=kernels) for layer in layers)
+    x, both = random(2, 3, 48), stack([first, second])
+    with torch.no_grad():
+        assert torch.equal(both(x), torch.cat([first(x), second(x)], -1))
+        assert torch.equal(both.rows(5, 17)(x), second(x))
+    assert both.rows(5, 17).packed.untyped_storage().data_ptr() == both.packed.data_ptr()
+
+
+def test_compiled_kernels_are_kept(kernels, tmp_path, monkeypatch):
+    load_kernels(tmp_path)
+    monkeypatch.setattr(cpu_kernels, "_compile", lambda *_: pytest.fail("compiled again"))
+    load_kernels(tmp_path)
+
+
+def test_compiler_that_fails_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+    source = tmp_path / "broken.cpp"
+    source.write_text("this is no program")
+    monkeypatch.setattr(cpu_kernels, "SOURCE", source)
+    folder = tmp_path / "kept"
+    with pytest.raises(KernelsUnavailable, match="failed"):
+        load_kernels(folder)
+    assert not list(folder.iterdir())
+
+
+def test_no_compiler_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(KernelsUnavailable, match="compiler"):
+        load_kernels(tmp_path)
+
+
+def test_compiler_that_hangs_is_given_up(tmp_path, monkeypatch):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nsleep 20\n")
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr("shutil.which", lambda name: str(compiler))
+    monkeypatch.setattr(cpu_kernels, "_TIME_LIMIT", 0.1)
+    with pytest.raises(KernelsUnavailable, match="failed"):
+        load_kernels(tmp_path / "kept")
+
+
+def test_kernels_that_compute_wrongly_are_refused(kernels, monkeypatch):
+    right = kernels.linear
+    monkeypatch.setattr(kernels, "linear", lambda *args, **kw: right(*args, **kw) * 1.1)
+    with pytest.raises(KernelsUnavailable, match="wrongly"):
+        kernels.check()
+
+
+def test_damaged_library_is_named(tmp_path, monkeypatch):
+    def write_nonsense(compiler, library):
+        library.write_bytes(b"no library")
+
+    if not any(map(cpu_kernels.shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no compiler")
+    monkeypatch.setattr(cpu_kernels, "_compile", write_nonsense)
+    with pytest.raises(KernelsUnavailable, match="failed"):
+        load_kernels(tmp_path)
+    assert subprocess is cpu_kernels.subprocess
