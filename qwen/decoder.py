@@ -8,20 +8,19 @@ classes, by test. Knows neither sampling nor requests. Its weights are those of 
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwen.cpu_kernels import CpuKernels, KernelsUnavailable, load_kernels
+from qwen.cpu_kernels import CpuKernels
 from qwen.decoder_ops import CpuOps, DecoderOps, Span, TorchOps
-from qwen.decoder_weights import DecoderUnsupported, check_model, collect_weights
+from qwen.decoder_weights import LayerWeights, collect_weights
+from qwen.int8_linear import Int8Linear
 from qwen.kv_store import KvStore
 from qwen.rope import logn_factor, ntk_alpha, rotary_tables, scaled_inv_freq
-
-logger = logging.getLogger(__name__)
 
 
 class RotaryTable:
@@ -74,6 +73,29 @@ class DecoderSequence:
         self.store, self.table, self.alpha = store, table, alpha
 
 
+def project(ops: DecoderOps, layer: LayerWeights, hidden: Tensor, eps: float) -> Tensor:
+    """Compute what comes before a layer's attention: queries, keys and values."""
+    return layer.qkv(ops.rms_norm(hidden, layer.input_norm, eps))
+
+
+def finish(
+    ops: DecoderOps, layer: LayerWeights, hidden: Tensor, attended: Tensor, eps: float
+) -> Tensor:
+    """Compute what comes after a layer's attention: its output and the MLP, beside residuals."""
+    hidden = ops.add_linear(hidden, layer.attention_output, attended)
+    gate_up = layer.gate_up(ops.rms_norm(hidden, layer.mlp_norm, eps))
+    return ops.add_linear(hidden, layer.down, ops.silu_mul(gate_up))
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardParts:
+    """What a layer is computed with; the two functions may be compiled ones."""
+
+    ops: DecoderOps
+    project: Callable[[DecoderOps, LayerWeights, Tensor, float], Tensor] = project
+    finish: Callable[[DecoderOps, LayerWeights, Tensor, Tensor, float], Tensor] = finish
+
+
 class Decoder:
     """The forward of one model. Not for several threads at once.
 
@@ -85,17 +107,37 @@ class Decoder:
 
     def __init__(self, model: Any, *, kernels: CpuKernels | None = None) -> None:
         self._weights = collect_weights(model, kernels=kernels)
-        self._ops: DecoderOps = TorchOps() if kernels is None else CpuOps(kernels)
+        self._parts = ForwardParts(TorchOps() if kernels is None else CpuOps(kernels))
         self._dtype = torch.float32 if kernels else model.dtype
         self._config = model.config
         self.device: torch.device = self._weights.embedding.device
         #: Whether a token's numbers are the same, bit for bit, with whatever others it is read.
-        self.is_exact = kernels is not None
+        self.is_exact = all(isinstance(linear, Int8Linear) for linear in self._weights.linears)
 
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding."""
         return self._weights.embedding.shape[0]
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Return the bytes of the weights in each form that they are held in."""
+        weights = self._weights
+        sizes = {f"embedding in {_name(weights.embedding)}": weights.embedding.nbytes}
+        for linear in weights.linears:
+            tensors = [*linear.parameters(), *linear.buffers()]  # type: ignore[attr-defined]
+            form = f"linear layers in {_name(max(tensors, key=lambda t: t.nbytes))}"
+            if tensors[0].data_ptr() != weights.embedding.data_ptr():  # tied: held once
+                sizes[form] = sizes.get(form, 0) + sum(tensor.nbytes for tensor in tensors)
+        return sizes
+
+    def park(self, sequence: DecoderSequence) -> DecoderSequence:
+        """Put a sequence aside for a later `resume`; nothing else may be done with it."""
+        return sequence
+
+    def resume(self, sequence: DecoderSequence, *, length: int) -> DecoderSequence:
+        """Go on with the first `length` tokens of a sequence that was put aside."""
+        sequence.store.truncate(length)
+        return sequence
 
     def alpha(self, prompt_length: int) -> float:
         """Return the alpha of dynamic NTK for a prompt of so many tokens."""
@@ -114,16 +156,7 @@ class Decoder:
             capacity: Positions to have room for from the start; at least the prompt's.
             max_capacity: See `KvStore`.
         """
-        weights = self._weights
-        store = KvStore(
-            num_layers=len(weights.layers),
-            num_kv_heads=weights.num_kv_heads,
-            head_dim=weights.head_dim,
-            dtype=self._dtype,
-            device=self.device,
-            capacity=max(capacity, prompt_length + 1),
-            max_capacity=max_capacity,
-        )
+        store = self._new_store(max(capacity, prompt_length + 1), max_capacity)
         return DecoderSequence(store, *self._table(prompt_length))
 
     def read(self, ids: Tensor, sequence: DecoderSequence) -> Tensor:
@@ -136,6 +169,10 @@ class Decoder:
         Returns:
             (vocab_size,), logits of the token after the last one.
         """
+        return self.logits(self.advance(ids, sequence)[-1:])[0]
+
+    def advance(self, ids: Tensor, sequence: DecoderSequence) -> Tensor:
+        """Read as `read`; return the hidden states (tokens, hidden_size) that `logits` takes."""
         store, tokens = sequence.store, len(ids)
         stop = store.length + tokens
         store.reserve(stop)
@@ -143,34 +180,51 @@ class Decoder:
         span = sequence.table.span(store.length, tokens, length=stop)
         hidden = self.forward(ids, span, store)
         store.length = stop
-        return self.logits(hidden[-1:])[0]
+        return hidden
 
-    def forward(self, ids: Tensor, span: Span, store: KvStore) -> Tensor:
+    def forward(
+        self, ids: Tensor, span: Span, store: KvStore, *, parts: ForwardParts | None = None
+    ) -> Tensor:
         """Compute the last hidden states of new tokens, and write their keys and values.
 
         Args:
             ids: (tokens,), int64.
             span: Where they stand.
             store: Has room for them; its `length` is not looked at.
+            parts: Compute layers with these; None is the decoder's own.
 
         Returns:
             (tokens, hidden_size), before the last norm.
         """
-        weights, ops, eps = self._weights, self._ops, self._weights.eps
+        weights, parts, eps = self._weights, parts or self._parts, self._weights.eps
         hidden = weights.embedding[ids].to(self._dtype)
+        mask = parts.ops.build_mask(span)
         for index, layer in enumerate(weights.layers):
             keys, values = store.layer(index)
-            qkv = layer.qkv(ops.rms_norm(hidden, layer.input_norm, eps))
-            attended = ops.attend(qkv, keys, values, span, scale=weights.scale)
-            hidden = ops.add_linear(hidden, layer.attention_output, attended)
-            gate_up = layer.gate_up(ops.rms_norm(hidden, layer.mlp_norm, eps))
-            hidden = ops.add_linear(hidden, layer.down, ops.silu_mul(gate_up))
+            qkv = parts.project(parts.ops, layer, hidden, eps)
+            attended = parts.ops.attend(qkv, keys, values, span, mask, scale=weights.scale)
+            hidden = parts.finish(parts.ops, layer, hidden, attended, eps)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map hidden states of `forward` to (tokens, vocab_size)."""
         weights = self._weights
-        return weights.head(self._ops.rms_norm(hidden, weights.norm, weights.eps))
+        return weights.head(self._parts.ops.rms_norm(hidden, weights.norm, weights.eps))
+
+    def _new_store(
+        self, capacity: int, max_capacity: int | None, *, is_blank: bool = False
+    ) -> KvStore:
+        weights = self._weights
+        return KvStore(
+            num_layers=len(weights.layers),
+            num_kv_heads=weights.num_kv_heads,
+            head_dim=weights.head_dim,
+            dtype=self._dtype,
+            device=self.device,
+            capacity=capacity,
+            max_capacity=max_capacity,
+            is_blank=is_blank,
+        )
 
     def _table(self, prompt_length: int) -> tuple[RotaryTable, float]:
         weights, config = self._weights, self._config
@@ -187,32 +241,5 @@ class Decoder:
         return RotaryTable(inv_freq, scale=1.0, logn_length=logn_length), alpha
 
 
-def build_decoder(model: Any, *, kernels_folder: Path | None = None) -> Decoder | None:
-    """Build the fastest decoder that runs a model here, and say in the log which one.
-
-    Args:
-        model: See `Decoder`; not changed if None is returned.
-        kernels_folder: Where compiled kernels are kept; None computes in the model's own dtype.
-
-    Returns:
-        None if the model needs Transformers' own forward.
-    """
-    try:
-        check_model(model)
-    except DecoderUnsupported as reason:
-        logger.warning("Decoding with Transformers' forward, which is slower: %s.", reason)
-        return None
-    kernels = None
-    if kernels_folder is not None and next(model.parameters()).device.type == "cpu":
-        try:
-            kernels = load_kernels(kernels_folder)
-        except KernelsUnavailable as reason:
-            logger.warning(
-                "Decoding with dense %s weights, which is slower than int8: %s.",
-                str(model.dtype).removeprefix("torch."),
-                reason,
-            )
-    decoder = Decoder(model, kernels=kernels)
-    if kernels is not None:
-        logger.info("Decoding with int8 weights on the CPU")
-    return decoder
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

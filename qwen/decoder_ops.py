@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from qwen.cpu_kernels import CpuKernels
+from qwen.int8_linear import Int8Linear
 from qwen.rope import apply_rotary
 
 
@@ -55,8 +56,19 @@ class DecoderOps(Protocol):
         """Compute hidden + linear(x); may change `hidden`."""
         ...
 
+    def build_mask(self, span: Span) -> Tensor | None:
+        """Build what `attend` needs for all layers of a call."""
+        ...
+
     def attend(
-        self, qkv: Tensor, keys: Tensor, values: Tensor, span: Span, *, scale: float
+        self,
+        qkv: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        span: Span,
+        mask: Tensor | None,
+        *,
+        scale: float,
     ) -> Tensor:
         """Rotate queries and keys, write keys and values to the store, attend causally.
 
@@ -65,6 +77,7 @@ class DecoderOps(Protocol):
             keys: (kv_heads, capacity, dim); changed. Likewise `values`.
             values: See `keys`.
             span: Where the tokens stand.
+            mask: From `build_mask`.
             scale: Factor of the scores.
 
         Returns:
@@ -73,8 +86,45 @@ class DecoderOps(Protocol):
         ...
 
 
+def rotate_and_store(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    logn: Tensor | None,
+) -> Tensor:
+    """Rotate queries and keys, write keys and values; the arguments are those of `attend`.
+
+    Returns:
+        (kv_heads, tokens * heads / kv_heads, dim): queries that share keys behind each other, so
+        that keys are never repeated.
+    """
+    tokens, (kv_heads, _, dim) = qkv.shape[0], keys.shape
+    heads = qkv.shape[1] // dim - 2 * kv_heads
+    query, key, value = (
+        states.transpose(0, 1)  # (heads, tokens, dim)
+        for states in torch.split(qkv.view(tokens, -1, dim), [heads, kv_heads, kv_heads], dim=1)
+    )
+    query = apply_rotary(query[None], cos[None], sin[None])[0]
+    key = apply_rotary(key[None], cos[None], sin[None])[0]
+    if logn is not None:
+        query = query * logn[:, None]
+    keys.index_copy_(1, positions, key.to(keys.dtype))
+    values.index_copy_(1, positions, value.to(values.dtype))
+    return query.to(values.dtype).reshape(kv_heads, -1, dim)
+
+
 class TorchOps:
-    """The operations by torch, in the dtype of what they are given."""
+    """The operations by torch, in the dtype of what they are given.
+
+    Args:
+        rotate: `rotate_and_store`, or that compiled.
+    """
+
+    def __init__(self, *, rotate: Callable[..., Tensor] = rotate_and_store) -> None:
+        self._rotate = rotate
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `DecoderOps`."""
@@ -91,35 +141,34 @@ class TorchOps:
         """See `DecoderOps`."""
         return hidden + linear(x)
 
+    def build_mask(self, span: Span) -> Tensor | None:
+        """See `DecoderOps`: (tokens, length), which slots a token sees."""
+        slots = torch.arange(span.length, device=span.positions.device)
+        return slots <= span.positions[:, None]
+
     def attend(
-        self, qkv: Tensor, keys: Tensor, values: Tensor, span: Span, *, scale: float
+        self,
+        qkv: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        span: Span,
+        mask: Tensor | None,
+        *,
+        scale: float,
     ) -> Tensor:
         """See `DecoderOps`."""
-        tokens, (kv_heads, _, dim) = qkv.shape[0], keys.shape
-        heads = qkv.shape[1] // dim - 2 * kv_heads
-        query, key, value = (
-            states.transpose(0, 1)  # (heads, tokens, dim)
-            for states in qkv.view(tokens, -1, dim).tensor_split((heads, heads + kv_heads), dim=1)
-        )
-        cos, sin = span.cos[None], span.sin[None]
-        query, key = apply_rotary(query[None], cos, sin)[0], apply_rotary(key[None], cos, sin)[0]
-        if span.logn is not None:
-            query = query * span.logn[:, None]
-        keys.index_copy_(1, span.positions, key.to(keys.dtype))
-        values.index_copy_(1, span.positions, value.to(values.dtype))
-        # Queries that share keys lie behind each other, so that keys are never repeated.
-        shared = heads // kv_heads
-        grouped = query.to(value.dtype).reshape(kv_heads, shared * tokens, dim)
-        slots = torch.arange(span.length, device=qkv.device)
-        is_seen = (slots <= span.positions[:, None]).repeat(shared, 1)  # (shared * tokens, length)
+        assert mask is not None
+        tokens, dim = qkv.shape[0], keys.shape[2]
+        query = self._rotate(qkv, keys, values, span.positions, span.cos, span.sin, span.logn)
+        shared = query.shape[1] // tokens
         mixed = scaled_dot_product_attention(
-            grouped[None],
+            query[None],
             keys[None, :, : span.length],
             values[None, :, : span.length],
-            attn_mask=is_seen,
+            attn_mask=mask if shared == 1 else mask.repeat(shared, 1),
             scale=scale,
         )
-        return mixed.view(heads, tokens, dim).transpose(0, 1).reshape(tokens, heads * dim)
+        return mixed.reshape(-1, tokens, dim).transpose(0, 1).reshape(tokens, -1)
 
 
 class CpuOps:
@@ -142,10 +191,21 @@ class CpuOps:
 
     def add_linear(self, hidden: Tensor, linear: Callable[..., Tensor], x: Tensor) -> Tensor:
         """See `DecoderOps`."""
-        return linear(x, out=hidden)
+        return linear(x, out=hidden) if isinstance(linear, Int8Linear) else hidden + linear(x)
+
+    def build_mask(self, span: Span) -> Tensor | None:
+        """See `DecoderOps`: the kernel knows what is causal."""
+        return None
 
     def attend(
-        self, qkv: Tensor, keys: Tensor, values: Tensor, span: Span, *, scale: float
+        self,
+        qkv: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        span: Span,
+        mask: Tensor | None,
+        *,
+        scale: float,
     ) -> Tensor:
         """See `DecoderOps`."""
         return self._kernels.attend(

@@ -65,6 +65,12 @@ class DecoderWeights:
     inv_freq: Tensor | None
     rotary_scale: float
 
+    @property
+    def linears(self) -> tuple[LinearMap, ...]:
+        """All linear maps."""
+        parts = ((x.qkv, x.attention_output, x.gate_up, x.down) for x in self.layers)
+        return (self.head, *(linear for part in parts for linear in part))
+
 
 def check_model(model: Any) -> None:
     """Refuse models that the decoder does not run.

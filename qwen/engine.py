@@ -47,6 +47,9 @@ NtkPolicy = Literal["published", "grow"]
 #: default: 256 take 0.4 s, at 0.94 of the speed of 1,024 at once; 128 reach 0.8 of it, 64 0.6.
 PREFILL_CHUNK = 256
 
+#: The same on a GPU: 2,048 take 0.05 s of a 7B model on an H200, chunks of 256 nearly three times.
+PREFILL_CHUNK_GPU = 2048
+
 #: Bytes of sequences kept for reuse: about 20,000 tokens of the embedded default, in float32.
 DEFAULT_PREFIX_BYTES = 512 * 2**20
 
@@ -242,7 +245,8 @@ class _Sequence:
             self._reader.close()
         self._reader = None
         with torch.inference_mode():
-            self._reader = self._readers.start(self._ids, chunk=PREFILL_CHUNK)
+            self._chunk = _prefill_chunk(self._readers.device)
+            self._reader = self._readers.start(self._ids, chunk=self._chunk)
             unread = self._ids[self._reader.num_read :]
             self._unread = torch.tensor(unread, dtype=torch.int64, device=self._readers.device)
 
@@ -255,7 +259,7 @@ class _Sequence:
         """Run the model on the next tokens that it has not read."""
         assert self._reader is not None
         with torch.inference_mode():
-            chunk = self._unread[:PREFILL_CHUNK]
+            chunk = self._unread[: self._chunk]
             self._logits = self._reader.read(chunk)
             self._unread = self._unread[len(chunk) :]
 
@@ -284,6 +288,10 @@ class _Sequence:
             torch.cuda.empty_cache()
 
 
+def _prefill_chunk(device: torch.device) -> int:
+    return PREFILL_CHUNK_GPU if device.type == "cuda" else PREFILL_CHUNK
+
+
 def _build_readers(
     model: Any,
     decoder: Decoder | None,
@@ -292,12 +300,12 @@ def _build_readers(
     max_length: int,
     prefix_bytes: int,
 ) -> Readers:
-    from qwen.int8_cache import Int8Cache, choose_kv_cache
+    from qwen.int8_cache import choose_kv_cache, wants_int8
 
     new_cache = choose_kv_cache(model.config, kv_cache=kv_cache)
     if decoder is None:
         return TransformersReaders(model, new_cache=new_cache)
-    if isinstance(new_cache(), Int8Cache):
+    if kv_cache == "int8" or wants_int8(model.config):
         logger.warning("Decoding with Transformers' forward, which is slower: the cache is int8.")
         return TransformersReaders(model, new_cache=new_cache)
     return DecoderReaders(decoder, prefix_bytes=prefix_bytes, max_length=max_length)

@@ -7,7 +7,7 @@ no attention.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty, zeros
 
 #: Positions that a store has room for at least, and by which it is rounded up.
 BLOCK = 256
@@ -24,6 +24,8 @@ class KvStore:
         device: Where it is kept.
         capacity: Positions to have room for from the start.
         max_capacity: Positions beyond which the store does not grow; None is no limit.
+        is_blank: Fill unused room with zeros, for attention that reads it, masked: nothing times
+            a chance NaN is NaN.
     """
 
     def __init__(
@@ -36,12 +38,14 @@ class KvStore:
         device: torch.device,
         capacity: int = BLOCK,
         max_capacity: int | None = None,
+        is_blank: bool = False,
     ) -> None:
         self.length = 0
         self._max_capacity = max_capacity
+        self._allocate = zeros if is_blank else empty
         rounded = self._rounded(capacity)
         shape = (2, num_layers, num_kv_heads, rounded, head_dim)
-        self._data = torch.empty(shape, dtype=dtype, device=device)
+        self._data = self._allocate(shape, dtype=dtype, device=device)
 
     @property
     def capacity(self) -> int:
@@ -72,7 +76,7 @@ class KvStore:
             raise ValueError(f"{length} positions in a store of at most {self._max_capacity}")
         shape = list(self._data.shape)
         shape[3] = self._rounded(max(length, 2 * self.capacity))
-        grown = torch.empty(shape, dtype=self._data.dtype, device=self._data.device)
+        grown = self._allocate(shape, dtype=self._data.dtype, device=self._data.device)
         grown[:, :, :, : self.length] = self._data[:, :, :, : self.length]
         self._data = grown
 
@@ -80,6 +84,34 @@ class KvStore:
         """Forget the positions from `length` on; the room is kept."""
         assert 0 <= length <= self.length
         self.length = length
+
+    def copy(self) -> KvStore:
+        """Return a store of its own with the same positions, and room for little more."""
+        _, num_layers, num_kv_heads, _, head_dim = self._data.shape
+        other = KvStore(
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            dtype=self._data.dtype,
+            device=self._data.device,
+            capacity=max(self.length, 1),
+            max_capacity=self._max_capacity,
+        )
+        other.assign(self, self.length)
+        return other
+
+    def assign(self, other: KvStore, length: int) -> None:
+        """Take over the first `length` positions of a store of the same model."""
+        assert 0 <= length <= other.length
+        self.length = 0
+        self.reserve(length)
+        self._data[:, :, :, :length] = other._data[:, :, :, :length]
+        self.length = length
+
+    @property
+    def place(self) -> int:
+        """Where the memory begins; another number after the store has grown."""
+        return self._data.data_ptr()
 
     def _rounded(self, length: int) -> int:
         rounded = -(-length // BLOCK) * BLOCK

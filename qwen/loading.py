@@ -82,7 +82,7 @@ def load_model(
     report("Starting PyTorch")
     import torch
 
-    use_cuda = device == "auto" and torch.cuda.is_available()
+    use_cuda = runs_on_gpu(device)
     if num_gpus is not None:
         check_num_gpus(num_gpus, available=torch.cuda.device_count() if use_cuda else 0)
     memory = torch.cuda.get_device_properties(0).total_memory if use_cuda else None
@@ -127,6 +127,13 @@ def load_model_on_gpus(
         CheckpointError: As `load_model`; likewise `OutOfMemory`.
     """
     return load_model(checkpoint, num_gpus=num_gpus, dtype=dtype).model
+
+
+def runs_on_gpu(device: DeviceChoice) -> bool:
+    """Tell whether a model would be loaded on a GPU."""
+    import torch
+
+    return device == "auto" and torch.cuda.is_available()
 
 
 def choose_dtype(choice: DtypeChoice, *, has_cuda: bool, cpu_has_bfloat16: bool) -> WeightsDtype:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qwen.backend import BackendInfo, MemoryUse, ReportProgress, ignore_progress
 from qwen.chat_format import ChatFormat, TextTokenizer
-from qwen.decoder import build_decoder
 from qwen.devices import describe_devices
 from qwen.engine import Engine, EngineStep, NtkPolicy
 from qwen.errors import InvalidRequest, InvalidSetting
+from qwen.fast_decoder import build_decoder, can_pack
 from qwen.messages import (
     ChatRequest,
     ContextUsage,
@@ -236,7 +236,7 @@ def load_backend(
         OutOfMemory: They do not fit.
         InvalidSetting: As `Engine`.
     """
-    from qwen.loading import load_model
+    from qwen.loading import load_model, runs_on_gpu
     from qwen.preflight import Wish, check_start
 
     wish = Wish(
@@ -247,10 +247,13 @@ def load_backend(
         can_offload=offload_folder is not None,
     )
     checked = check_start(checkpoint, wish, enforce=not skip_preflight, report=report)
+    kernels_folder = cache_folder() / "kernels" if dtype == "auto" else None
+    # Weights that will be packed are read in the smallest form that loses nothing they have.
+    packs = kernels_folder is not None and not runs_on_gpu(device) and can_pack(kernels_folder)
     loaded = load_model(
         checkpoint,
         device=device,
-        dtype=dtype,
+        dtype="bfloat16" if packs else dtype,
         num_gpus=num_gpus,
         offload_folder=offload_folder,
         report=report,
@@ -265,7 +268,7 @@ def load_backend(
         ntk_policy=ntk_policy,
         context_limit=checked.context_limit,
         memory=checked.memory,
-        kernels_folder=cache_folder() / "kernels" if dtype == "auto" else None,
+        kernels_folder=kernels_folder if packs else None,
     )
     report("Warming up")
     backend.warm_up()
@@ -297,13 +300,14 @@ def build_backend(
         ntk_policy: For models with dynamic NTK.
         context_limit: Offer so many tokens of context at most.
         memory: What the model takes.
-        kernels_folder: See `qwen.decoder.build_decoder`.
+        kernels_folder: See `qwen.fast_decoder.build_decoder`.
 
     Raises:
         CheckpointUnsupported: The tokenizer is of a kind that cannot be made safe.
         InvalidSetting: As `Engine`.
     """
     from qwen.gptq_loading import describe_weights
+    from qwen.loading import cpu_has_bfloat16
 
     texts = build_text_tokenizer(tokenizer)
     chat_format = build_chat_format(
@@ -312,17 +316,19 @@ def build_backend(
     context_length = read_context_length(model.config)
     if context_limit is not None:
         context_length = min(context_length, context_limit)
+    decoder = build_decoder(model, kernels_folder=kernels_folder)
+    if decoder is None and kernels_folder is not None and not cpu_has_bfloat16():
+        model.float()  # it was read to be packed, and runs as it is: bfloat16 would be emulated
     info = BackendInfo(
         name=name,
         context_length=context_length,
         is_chat=chat_format is not None,
         device=describe_devices(model),
-        dtype=describe_weights(model),
+        dtype="int8" if decoder is not None and decoder.is_exact else describe_weights(model),
         default_params=read_default_params(model.generation_config, context_length),
         notices=notices,
         memory=memory,
     )
-    decoder = build_decoder(model, kernels_folder=kernels_folder)
     engine = Engine(
         model,
         eos_token_ids=read_end_tokens(model.generation_config, tokenizer, texts),

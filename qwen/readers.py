@@ -132,7 +132,7 @@ class DecoderReaders:
         state = found.state
         if not self._decoder.is_exact:
             num_reused = min(num_reused, state.num_aligned) // chunk * chunk
-        state.sequence.store.truncate(num_reused)
+        state.sequence = self._decoder.resume(state.sequence, length=num_reused)
         state.num_aligned = min(state.num_aligned, num_reused)
         return _DecoderReader(self._decoder, state, found.ids[:num_reused], self._kept, chunk=chunk)
 
@@ -182,5 +182,5 @@ class _DecoderReader:
         self._decoder = self._state = None
         if decoder is None or state is None:
             return
-        sequence = state.sequence
+        state.sequence = sequence = decoder.park(state.sequence)
         self._kept.put(KeptSequence(tuple(self._ids), sequence.alpha, sequence.store.nbytes, state))

@@ -61,9 +61,14 @@ def test_probabilities_equal_those_of_transformers(temperature, top_k, top_p, pe
         expected = transformers_probabilities(logits, prompt, settings)
         ours = our_probabilities(logits, prompt, settings)
         if dtype == torch.bfloat16 and top_p < 1.0:
-            # Among tied logits the one at the nucleus's edge is arbitrary in both.
+            # Among tied logits the one at the nucleus's edge is arbitrary in both, and whether
+            # the last of them is still inside hangs on the rounding of a sum.
             expected, ours = expected.sort().values, ours.sort().values
-        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-3)
+            assert abs(int((ours > 0).sum()) - int((expected > 0).sum())) <= 1
+            atol = 1e-3
+        else:
+            atol = 1e-5
+        torch.testing.assert_close(ours, expected, atol=atol, rtol=1e-3)
 
 
 def test_flat_logits_use_the_whole_vocabulary_under_top_p():

@@ -59,11 +59,15 @@ class OurEngine:
 
         torch.set_num_threads(THREADS)
         from qwen.engine import Engine
-        from qwen.loading import load_model
+        from qwen.evals.fast_path import load_fast
 
-        loaded = load_model(checkpoint, device="cpu")
-        context_length = loaded.model.config.max_position_embeddings
-        self._engine = Engine(loaded.model, eos_token_ids=(), context_length=context_length)
+        model, self._decoder = load_fast(checkpoint)
+        self._engine = Engine(
+            model,
+            eos_token_ids=(),
+            context_length=model.config.max_position_embeddings,
+            decoder=self._decoder,
+        )
 
     def reply(self, ids: Sequence[int], new_tokens: int) -> Reply:
         """See `Contestant.reply`."""
@@ -80,7 +84,7 @@ class OurEngine:
 
     def facts(self) -> dict[str, float]:
         """Tell the peak memory of this process and the bytes of each form of the weights."""
-        return {"peak": peak_memory(), **self._engine.weight_bytes()}
+        return {"peak": peak_memory(), **self._decoder.weight_bytes()}
 
 
 class TransformersGenerate:

@@ -20,8 +20,8 @@ def mixed_parts() -> dict[str, str]:
     }
 
 
-def mixed_ids(checkpoint: str, *, tokens: int = 24_000) -> list[int]:
-    """Encode the mixture with a checkpoint's tokenizer, half English and a third code.
+def mixed_texts(checkpoint: str) -> dict[str, list[int]]:
+    """Encode each kind of text with a checkpoint's tokenizer.
 
     Raises:
         CheckpointError: The checkpoint cannot be had or read.
@@ -35,8 +35,12 @@ def mixed_ids(checkpoint: str, *, tokens: int = 24_000) -> list[int]:
     register_qwen()
     folder = resolve_checkpoint(checkpoint).folder
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    encoded = {kind: encode_text(tokenizer, text) for kind, text in mixed_parts().items()}
-    chinese = list(encoded["Chinese"])
-    english = list(encoded["English"])[: tokens * 2 // 3]
-    code = list(encoded["code"])[: tokens - len(english) - len(chinese)]
-    return english + code + chinese
+    return {kind: list(encode_text(tokenizer, text)) for kind, text in mixed_parts().items()}
+
+
+def mixed_ids(checkpoint: str, *, tokens: int = 24_000) -> list[int]:
+    """Return so many tokens: two thirds English, then code, then Chinese."""
+    texts = mixed_texts(checkpoint)
+    english = texts["English"][: tokens * 2 // 3]
+    code = texts["code"][: tokens - len(english) - len(texts["Chinese"])]
+    return english + code + texts["Chinese"]

@@ -77,6 +77,7 @@ def main() -> int:
         print(f"{machine}\n{name}, {given.rounds} rounds", flush=True)
         lines = []
         for who in ("generate", "ours") if given.peer else ("ours",):
+            # Ours comes last: on a CPU it packs the model's weights in place.
             build = _our_engine if who == "ours" else _transformers_generate
             generate = build(model, max(*given.generate, given.encode, _WARM_UP_TOKENS) + 2)
             for line in _tables(generate, who, given, device.type):
@@ -142,9 +143,12 @@ def _load(given: argparse.Namespace) -> tuple[Any, str]:
 
 def _our_engine(model: Any, context_length: int) -> Generate:
     from qwen.engine import Engine
+    from qwen.fast_decoder import build_decoder
     from qwen.messages import SamplingParams
+    from qwen.weights_cache import cache_folder
 
-    engine = Engine(model, eos_token_ids=(), context_length=context_length)
+    decoder = build_decoder(model, kernels_folder=cache_folder() / "kernels")
+    engine = Engine(model, eos_token_ids=(), context_length=context_length, decoder=decoder)
 
     def generate(ids: Sequence[int], new_tokens: int) -> None:
         params = SamplingParams(temperature=0, max_new_tokens=new_tokens)

@@ -1,0 +1,161 @@
+"""The GPU's way of decoding, run on a CPU where a "graph" just repeats the work."""
+
+import logging
+import threading
+
+import golden_v1
+import pytest
+import torch
+from tiny_model import build_tiny_model
+
+from qwen import cuda_graphs
+from qwen.cuda_graphs import GraphedDecoder, compile_layer_parts
+from qwen.decoder import Decoder, ForwardParts, finish, project
+from qwen.decoder_ops import TorchOps
+from qwen.engine import Engine
+from qwen.messages import SamplingParams
+
+MODELS = {"qwen2": build_tiny_model, "qwen1": golden_v1.load_tiny}
+
+
+class Repeat:
+    """Records by remembering; counts how often it did."""
+
+    def __init__(self):
+        self.recorded = self.replayed = 0
+
+    def __call__(self, work):
+        self.recorded += 1
+        result = work()
+
+        def replay():
+            self.replayed += 1
+            result.copy_(work())
+
+        return replay, result
+
+
+@pytest.fixture(params=MODELS)
+def make(request):
+    return MODELS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def small_sizes_and_bad_memory(monkeypatch):
+    def garbage(shape, **kwargs):
+        return torch.full(shape, torch.nan, **kwargs)
+
+    monkeypatch.setattr(cuda_graphs, "_FIRST_BUCKET", 8)
+    monkeypatch.setattr(cuda_graphs, "_FIRST_CAPACITY", 16)
+    monkeypatch.setattr("qwen.kv_store.empty", garbage)
+
+
+def prompt(length, seed=0):
+    return torch.randint(0, 290, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+def read(decoder, ids, read_at_once, sequence=None):
+    """Read the first tokens at once and the others one by one; return all logits."""
+    sequence = sequence or decoder.start(len(ids))
+    pieces = [ids[:read_at_once], *ids[read_at_once:].split(1)]
+    return torch.stack([decoder.read(piece, sequence).clone() for piece in pieces]), sequence
+
+
+def test_tokens_of_graphs_equal_the_plain_decoders_over_all_buckets(make):
+    ids, record = prompt(300), Repeat()
+    expected, _ = read(Decoder(make()), ids, 5)
+    actual, _ = read(GraphedDecoder(make(), record=record), ids, 5)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    assert record.replayed == 295
+
+
+def test_a_graph_serves_all_lengths_of_its_bucket(make):
+    record = Repeat()
+    decoder = GraphedDecoder(make(), record=record)
+    with torch.inference_mode():
+        sequence = decoder.start(200)  # the store does not grow any more
+    read(decoder, prompt(130), 1, sequence)
+    assert record.recorded == 6  # 8, 16, 32, 64, 128 and 256 positions
+
+
+def test_sequence_that_was_put_aside_goes_on_as_if_alone(make):
+    first, other, decoder = prompt(90, 1), prompt(120, 2), GraphedDecoder(make(), record=Repeat())
+    expected, _ = read(Decoder(make()), first, 40)
+    with torch.inference_mode():
+        sequence = decoder.start(90)
+        decoder.read(first[:40], sequence)
+        parked = decoder.park(sequence)
+        read(decoder, other, 30)
+        resumed = decoder.resume(parked, length=40)
+    actual, _ = read(decoder, first[40:], 1, resumed)
+    torch.testing.assert_close(actual, expected[1:], atol=1e-4, rtol=1e-4)
+
+
+def test_engine_replies_the_same_with_graphs_and_with_kept_sequences(make):
+    def replies(decoder, model):
+        engine = Engine(model, eos_token_ids=(), context_length=250, decoder=decoder)
+        params = SamplingParams(temperature=0, max_new_tokens=20)
+        ids = prompt(70, 3).tolist()
+        for prompt_ids in (ids, [*ids[:50], 7, 8, 9], [*ids, 1, 2], ids):
+            steps = engine.submit(prompt_ids, params, cancel=threading.Event())
+            yield [step.token_id for step in steps]
+
+    model, graphed = make(), make()
+    expected = list(replies(None, model))
+    assert list(replies(GraphedDecoder(graphed, record=Repeat()), graphed)) == expected
+
+
+def compile_and_wait(decoder):
+    for thread in threading.enumerate():
+        if thread.name == "compile":
+            thread.join()
+
+
+def test_compiled_parts_are_used_from_the_next_sequence_on():
+    used = []
+
+    def counting(ops, layer, hidden, eps):
+        used.append(len(hidden))
+        return project(ops, layer, hidden, eps)
+
+    decoder = GraphedDecoder(
+        build_tiny_model(),
+        record=Repeat(),
+        compile_parts=lambda: ForwardParts(TorchOps(), project=counting, finish=finish),
+    )
+    compile_and_wait(decoder)
+    used.clear()
+    ids = prompt(20)
+    actual, _ = read(decoder, ids, 10)
+    expected, _ = read(Decoder(build_tiny_model()), ids, 10)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    assert set(used) == {1}  # prompts are read without them
+
+
+def test_compilation_that_fails_is_named_in_the_log_and_decoding_goes_on(caplog):
+    def fail():
+        raise RuntimeError("no compiler found\nlong story")
+
+    with caplog.at_level(logging.WARNING):
+        decoder = GraphedDecoder(build_tiny_model(), record=Repeat(), compile_parts=fail)
+        compile_and_wait(decoder)
+    assert "slower: no compiler found" in caplog.text
+    ids = prompt(20)
+    actual, _ = read(decoder, ids, 10)
+    expected, _ = read(Decoder(build_tiny_model()), ids, 10)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cuda_graphs_equal_the_transformers_classes(make, compiled):
+    model = make().cuda()
+    ids = prompt(150).cuda()
+    with torch.inference_mode():
+        expected = model(ids[None], use_cache=False).logits[0, 39:]
+    parts = compile_layer_parts if compiled else None
+    decoder = GraphedDecoder(model, compile_parts=parts)
+    compile_and_wait(decoder)
+    actual, _ = read(decoder, ids, 40)
+    torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-3)
