@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import json
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -106,7 +107,7 @@ def build_calibration(
     return Calibration(torch.tensor(rows), "the default text")
 
 
-def _from_file(tokenizer: TextTokenizer, file: Path, samples: int, length: int) -> Calibration:
+def _read_file(file: Path) -> str:
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
@@ -119,7 +120,11 @@ def _from_file(tokenizer: TextTokenizer, file: Path, samples: int, length: int) 
         ) from None
     if not text.strip():
         raise InvalidRequest(f"The calibration text {file} is empty. Name a file that holds text.")
-    ids = tokenizer.encode_text(text)
+    return text
+
+
+def _from_file(tokenizer: TextTokenizer, file: Path, samples: int, length: int) -> Calibration:
+    ids = tokenizer.encode_text(_read_file(file))
     if len(ids) < samples * length:
         raise InvalidRequest(
             f"The calibration text {file} has {len(ids):,} tokens, but {samples:,} samples of "
@@ -137,18 +142,46 @@ def _default_streams(
     kinds: list[Iterator[list[int]]] = [
         _own_ids(tokenizer, chat_format, own),
         (tokenizer.encode_text(text) for text in _language_reference()),
-        (tokenizer.encode_text(text) for text in _library_sources()),
-        iter([_random_ids(tokenizer, vocabulary)]),
+        (tokenizer.encode_text(text) for text in _library_sources(_SOURCES)),
+        iter([ordinary_ids(tokenizer, vocabulary=vocabulary)[:_RANDOM_TOKENS]]),
     ]
     return [(token for ids in kind for token in ids) for kind in kinds]
 
 
-def _random_ids(tokenizer: TextTokenizer, vocabulary: int) -> list[int]:
-    """Return every ordinary token once, in an order that is the same every time."""
+def read_texts(
+    tokenizer: TextTokenizer, chat_format: ChatFormat | None, *, file: Path | None = None
+) -> list[Iterator[list[int]]]:
+    """Read all the text that there is, not only what fits into the rows of a calibration.
+
+    Args:
+        tokenizer: The checkpoint's.
+        chat_format: The checkpoint's; None leaves the conversations out.
+        file: UTF-8 text, instead of the default text.
+
+    Returns:
+        For each kind of text an iterator over its texts, each as token ids.
+
+    Raises:
+        InvalidRequest: The file cannot be read or is empty.
+    """
+    if file is not None:
+        return [iter([tokenizer.encode_text(_read_file(file))])]
+    everywhere = sorted(name for name in sys.stdlib_module_names if not name.startswith("_"))
+    random.Random(0).shuffle(everywhere)
+    names = dict.fromkeys((*_SOURCES, *everywhere))
+    return [
+        _own_ids(tokenizer, chat_format, json.loads(_own_text())),
+        (tokenizer.encode_text(text) for text in _language_reference()),
+        (tokenizer.encode_text(text) for text in _library_sources(list(names))),
+    ]
+
+
+def ordinary_ids(tokenizer: TextTokenizer, *, vocabulary: int) -> list[int]:
+    """Return every token that stands for text, in an order that is the same every time."""
     control = set(tokenizer.control_ids.values())
     known = [i for i in range(vocabulary) if i not in control and tokenizer.token_bytes(i)]
     random.Random(0).shuffle(known)
-    return known[:_RANDOM_TOKENS]
+    return known
 
 
 def _own_text() -> str:
@@ -169,8 +202,8 @@ def _language_reference() -> Iterator[str]:
     yield from topics.values()
 
 
-def _library_sources() -> Iterator[str]:
-    for name in _SOURCES:
+def _library_sources(names: Sequence[str]) -> Iterator[str]:
+    for name in names:
         found = importlib.util.find_spec(name)
         if found and found.origin and found.origin.endswith(".py"):
             yield Path(found.origin).read_text(encoding="utf-8")

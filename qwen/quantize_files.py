@@ -30,6 +30,7 @@ _STATE = "quantizing.json"
 _LOCK = "quantizing.lock"
 _WORK = "layers"
 _HIDDEN = "hidden.safetensors"
+_TUNED = "-tuned.safetensors"
 #: Files of the source that say the same of the target. Code is copied, never run.
 _KEPT = (
     "*.json",
@@ -130,6 +131,26 @@ class WorkFolder:
         path = self._hidden(layer)
         return load_file(path)["hidden"] if path.is_file() else None
 
+    def read(self, name: str, *, layer: int | None) -> Tensor | None:
+        """Read a tensor of a finished layer, or with None of the rest; None if it has none."""
+        path = self._rest if layer is None else self._layer(layer)
+        with safe_open(path, framework="pt") as opened:
+            return opened.get_tensor(name).clone() if name in opened.keys() else None  # noqa: SIM118
+
+    def tuned_done(self, key: str) -> bool:
+        """Tell whether tensors were tuned under this key; forget those of another one."""
+        for path in self._work.glob(f"*{_TUNED}"):
+            if path != self._tuned(key):
+                path.unlink()
+        return self._tuned(key).is_file()
+
+    def write_tuned(self, tensors: Mapping[str, Tensor], *, key: str) -> None:
+        """Write what takes the place of tensors of the layers and of the rest."""
+        _replace(self._tuned(key), lambda path: _save(tensors, path))
+
+    def _tuned(self, key: str) -> Path:
+        return self._work / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}{_TUNED}"
+
     @property
     def _rest(self) -> Path:
         return self._work / "rest.safetensors"
@@ -145,7 +166,8 @@ class WorkFolder:
     ) -> tuple[int, int]:
         """Write the weight files from the parts; return how many tensors and bytes they hold."""
         stored: dict[str, StoredTensor] = {}
-        for path in (self._rest, *(self._layer(index) for index in range(layers))):
+        parts = [self._rest, *(self._layer(index) for index in range(layers))]
+        for path in (*parts, *self._work.glob(f"*{_TUNED}")):  # the last one counts
             stored |= read_file_header(path)
         plan = [
             PlannedTensor(name, (name,), tensor.dtype, tensor.shape, lambda read: read[0])

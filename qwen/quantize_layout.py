@@ -7,7 +7,7 @@ embedding that are wanted and one layer are in memory. A checkpoint's own code i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from qwen.errors import CheckpointDamaged, CheckpointUnsupported
 
 #: What a layer is called with besides its hidden states.
 LayerArguments = dict[str, Any]
+ReadTensor = Callable[[str], Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +158,11 @@ class DenseCheckpoint:
             names.remove(f"{layout.head}.weight")
         return names
 
+    def layer_of(self, name: str) -> int | None:
+        """Return the layer that a tensor belongs to; None if it belongs to none."""
+        rest = name.removeprefix(f"{self.layout.layers}.")
+        return None if rest == name else int(rest.partition(".")[0])
+
     def read(self, name: str) -> Tensor:
         """Read a tensor, as it is stored.
 
@@ -226,25 +232,59 @@ class DenseCheckpoint:
         self._block.load_state_dict(weights, assign=True)
         return self._block
 
+    def build_model(self, read: ReadTensor, *, dtype: torch.dtype, device: str) -> Any:
+        """Build the whole model.
+
+        Args:
+            read: Gives a tensor by its name in the checkpoint; None is left without weights.
+            dtype: Of all weights.
+            device: Where they go.
+        """
+        model = _build_empty(self.config)
+        if hasattr(model.base_model, "rotary_emb"):
+            model.base_model.rotary_emb.to(device)
+        names = [*self.names_around()]
+        for index in range(self.count):
+            names += self.layer_names(index)
+        found = {name: read(name) for name in names}
+        weights = {
+            name: tensor.to(device=device, dtype=dtype)
+            for name, tensor in found.items()
+            if tensor is not None
+        }
+        model.load_state_dict(weights, strict=False, assign=True)
+        if f"{self.layout.head}.weight" not in names:  # tied
+            head, embedding = (
+                model.get_submodule(name) for name in (self.layout.head, self.layout.embedding)
+            )
+            head.weight = embedding.weight
+        return model.requires_grad_(False)
+
     def _build_skeleton(self) -> Any:
         """Build the model with one block and no weights; only what is computed is real."""
-        from transformers import AutoModelForCausalLM
-
         config = type(self.config).from_dict(self.config.to_dict())
         config.num_hidden_layers = 1
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:1]
-        with torch.device("meta"):
-            auto: Any = AutoModelForCausalLM
-            model: Any = auto.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-        model.eval()
-        body = model.base_model
-        if hasattr(body, "rotary_emb"):  # its frequencies are computed, not stored
-            body.rotary_emb = type(body.rotary_emb)(config=config)
+        model = _build_empty(config)
         blocks = model.get_submodule(self.layout.layers)
         self._block: nn.Module = blocks[0]
         blocks[0] = _FirstBlock()
         return model
+
+
+def _build_empty(config: Any) -> Any:
+    """Build a model without weights; only what is computed is real."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        auto: Any = AutoModelForCausalLM
+        model: Any = auto.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    model.eval()
+    body = model.base_model
+    if hasattr(body, "rotary_emb"):  # its frequencies are computed, not stored
+        body.rotary_emb = type(body.rotary_emb)(config=config)
+    return model
 
 
 def _layout_of(config: Mapping[str, Any], folder: Path) -> BlockLayout:

@@ -33,6 +33,9 @@ class QuantizeOptions:
         dtype: Of what stays dense.
         damp_percent: See `SolverOptions`.
         rounds: Likewise.
+        tune_tokens: Tokens that the whole model is tuned on after its layers; 0 is none, None the
+            device's default.
+        tune_codes: Tune the codes too.
     """
 
     group_size: int = 128
@@ -43,6 +46,8 @@ class QuantizeOptions:
     dtype: DenseDtype = "float16"
     damp_percent: float = 0.3
     rounds: int = 1
+    tune_tokens: int | None = None
+    tune_codes: bool = False
 
 
 def check_options(options: QuantizeOptions) -> None:
@@ -62,11 +67,15 @@ def check_options(options: QuantizeOptions) -> None:
         raise InvalidSetting("The damping must be more than 0 and at most 1.")
     if options.rounds < 0:
         raise InvalidSetting("The number of rounds must be 0 or more.")
+    if options.tune_tokens is not None and options.tune_tokens < 0:
+        raise InvalidSetting("The number of tokens to tune on must be 0 or more.")
 
 
 def build_recipe(options: QuantizeOptions, *, calibration: str | None) -> dict[str, Any]:
-    """Return all that decides the weights; of the text a sum, which tells nothing about it."""
-    return asdict(options) | {"calibration": calibration, "version": QUANTIZER_VERSION}
+    """Return all that decides the layers; of the text a sum, which tells nothing about it."""
+    recipe = asdict(options) | {"calibration": calibration, "version": QUANTIZER_VERSION}
+    # Layers that are done are good for any tuning.
+    return {key: value for key, value in recipe.items() if not key.startswith("tune_")}
 
 
 def build_papers(

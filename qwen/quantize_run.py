@@ -74,7 +74,11 @@ def bytes_needed(dense: DenseCheckpoint, options: QuantizeOptions) -> int:
     others = 2 * (dense.weights_count - linear)
     tokens = 0 if options.rtn else options.samples * options.sequence_length
     hidden = 2 * 4 * tokens * dense.config.hidden_size
-    return int(2 * (packed + others) + hidden + _EXTRA_BYTES)
+    tuned = 0
+    if options.tune_tokens or (options.tune_tokens is None and not options.rtn):
+        tuned = linear // options.group_size * 2 + others // 8
+        tuned += linear // 2 if options.tune_codes else 0
+    return int(2 * (packed + others) + hidden + tuned + _EXTRA_BYTES)
 
 
 class QuantizationRun:
@@ -96,6 +100,11 @@ class QuantizationRun:
         self._work = work
         self._report = report
         self._device = _choose_device(device)
+
+    @property
+    def device(self) -> str:
+        """Where it computes: "cuda:0" or "cpu"."""
+        return self._device
 
     def quantize_layers(self) -> None:
         """Quantise and write what is not done yet."""

@@ -21,10 +21,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_layouts import logits, random_ids, weights_of, write_json, write_qwen2
 
-from qwen import quantize_run
+from qwen import quantize_layers, quantize_run
 from qwen.calibration import build_calibration
+from qwen.gptq_solver import SolverOptions
 from qwen.loading import load_folder
 from qwen.quantize import main, quantize_checkpoint
+from qwen.quantize_layout import DenseCheckpoint
 from qwen.tokenizer import build_chat_format, build_text_tokenizer
 
 #: What the published Qwen-7B-Chat-Int4 says, but for the damping.
@@ -209,6 +211,23 @@ def test_later_layers_are_solved_for_what_quantised_ones_give(sources, tmp_path,
     assert (seen[0] - expected).norm() < 2e-3 * expected.norm()
 
 
+def test_bias_takes_up_what_the_change_has_in_common_for_all_tokens(sources):
+    dense = DenseCheckpoint(sources / "qwen2")
+    hidden = torch.randn(4, 48, 64, generator=torch.Generator().manual_seed(1)) + 0.5
+    block = dense.load_layer(0, device="cpu")
+    with torch.no_grad():
+        normed = block.input_layernorm(hidden).flatten(0, 1)
+        exact = block.self_attn.q_proj(normed)
+        options = SolverOptions(group_size=32)
+        arguments = dense.arguments(hidden[:1])
+        quantize_layers.quantize_layer(
+            block, dense.layout, hidden.clone(), arguments, options=options
+        )
+        change = block.self_attn.q_proj(normed) - exact
+    assert change.norm() > 0.01 * exact.norm()
+    assert change.mean(0).norm() < 1e-3 * change.norm()
+
+
 # The command.
 
 
@@ -273,4 +292,4 @@ def test_real_layer_loses_less_than_by_rounding_on_text_not_seen(first_layer, tm
         for name in ("gptq", "rtn"):
             dense.load_state_dict(dequantised(tmp_path / name, group_size=128), strict=False)
             hidden[name] = (dense.model(ids).last_hidden_state - exact).norm()
-    assert hidden["gptq"] < 0.8 * hidden["rtn"]
+    assert hidden["gptq"] < 0.75 * hidden["rtn"]  # 0.71
