@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qwen.backend import BackendInfo, MemoryUse, ReportProgress, ignore_progress
 from qwen.chat_format import ChatFormat, TextTokenizer
+from qwen.checkpoint import parse_checkpoint
 from qwen.devices import describe_devices
 from qwen.engine import Engine, EngineStep, NtkPolicy
 from qwen.errors import InvalidRequest, InvalidSetting
@@ -239,6 +240,12 @@ def load_backend(
     from qwen.loading import load_model, runs_on_gpu
     from qwen.preflight import Wish, check_start
 
+    parse_checkpoint(checkpoint)  # a misspelt name fails before seconds of imports
+    kernels_folder = cache_folder() / "kernels" if dtype == "auto" else None
+    # Weights that will be packed are read in the smallest form that loses nothing they have.
+    packs = kernels_folder is not None and not runs_on_gpu(device) and can_pack(kernels_folder)
+    if packs:
+        dtype = "bfloat16"
     wish = Wish(
         device=device,
         dtype=dtype,
@@ -247,13 +254,10 @@ def load_backend(
         can_offload=offload_folder is not None,
     )
     checked = check_start(checkpoint, wish, enforce=not skip_preflight, report=report)
-    kernels_folder = cache_folder() / "kernels" if dtype == "auto" else None
-    # Weights that will be packed are read in the smallest form that loses nothing they have.
-    packs = kernels_folder is not None and not runs_on_gpu(device) and can_pack(kernels_folder)
     loaded = load_model(
         checkpoint,
         device=device,
-        dtype="bfloat16" if packs else dtype,
+        dtype=dtype,
         num_gpus=num_gpus,
         offload_folder=offload_folder,
         report=report,
