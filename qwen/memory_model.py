@@ -50,6 +50,7 @@ class ModelShape:
         other: All remaining parameters: norms, biases, experts.
         stored_dtype: In which the file holds all weights; None if unknown or mixed.
         stored_bytes: Of the weights' files; 0 if unknown.
+        model_type: As in config.json; empty if unknown.
         bits: Of a packed weight; 0 where nothing is packed.
         group_size: Packed weights that share a scale.
         caches_int8: Whether the checkpoint asks for a cache in int8.
@@ -69,6 +70,7 @@ class ModelShape:
     other: int
     stored_dtype: str | None = None
     stored_bytes: int = 0
+    model_type: str = ""
     bits: int = 0
     group_size: int = 128
     caches_int8: bool = False
@@ -77,6 +79,14 @@ class ModelShape:
     def parameters(self) -> int:
         """All parameters, each counted once."""
         return self.embedding + self.head + self.linear + self.other
+
+    @property
+    def joined(self) -> int:
+        """Parameters of the projections that `qwen.decoder_weights` copies side by side."""
+        gate_up = 2 * self.intermediate_size
+        qkv = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        outputs = {"qwen": gate_up, "qwen2": gate_up + qkv}.get(self.model_type, 0)
+        return self.num_layers * self.hidden_size * outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +200,7 @@ def _weights(shape: ModelShape, width: int, context: int, *, mapped: bool) -> li
     if shape.head:
         read = min(embedding, context * (shape.hidden_size * width + _MAPPED_AT_ONCE))
     rows.append(MemoryItem("weights: embedding, as far as it is read", read, "weights"))
+    rows.append(MemoryItem("file of projections that were joined", shape.joined * width, "file"))
     return rows
 
 

@@ -104,6 +104,7 @@ def _counted(model: Any, config: Any) -> ModelShape:
         linear=linear,
         other=total - embedding.numel() - head - linear,
         caches_int8=bool(getattr(config, "use_cache_quantization", False)),
+        model_type=config.model_type,
     )
 
 
