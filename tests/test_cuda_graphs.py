@@ -148,6 +148,7 @@ def test_compilation_that_fails_is_named_in_the_log_and_decoding_goes_on(caplog)
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_cuda_graphs_equal_the_transformers_classes(make, compiled):
     model = make().cuda()
