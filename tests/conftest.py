@@ -23,6 +23,8 @@ from webapp.settings import Settings
 if TYPE_CHECKING:  # the tests without a browser run where Playwright is not installed
     from playwright.sync_api import Browser
 
+    from qwen.cpu_kernels import CpuKernels
+
 PROJECT = Path(__file__).parent.parent
 #: As root Chromium wants no sandbox; the rest keeps it from calling home.
 CHROMIUM_FLAGS = [
@@ -57,6 +59,16 @@ def chromium() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=found, args=CHROMIUM_FLAGS)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> CpuKernels:
+    """The compiled CPU kernels; where there is a compiler, kernels that fail are a failure."""
+    from qwen.cpu_kernels import load_kernels
+
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler is installed")
+    return load_kernels(tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture(scope="session")

@@ -3,20 +3,11 @@ import pytest
 import torch
 from tiny_model import build_tiny_model
 
-from qwen.cpu_kernels import KernelsUnavailable, load_kernels
 from qwen.decoder import Decoder
 from qwen.fast_decoder import build_decoder
 from qwen.int8_linear import Int8Linear
 
 MODELS = {"qwen2": build_tiny_model, "qwen1": golden_v1.load_tiny}
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    try:
-        return load_kernels(tmp_path_factory.mktemp("kernels"))
-    except KernelsUnavailable as reason:
-        pytest.skip(str(reason))
 
 
 @pytest.fixture(params=MODELS)
