@@ -15,18 +15,7 @@ def main() -> int:
     def load(report: ReportProgress) -> ChatBackend:
         from qwen.local import load_backend
 
-        return load_backend(
-            settings.checkpoint,
-            device="cpu" if settings.cpu_only else "auto",
-            dtype=settings.dtype,
-            num_gpus=settings.num_gpus,
-            offload_folder=settings.offload_folder,
-            max_input_tokens=settings.max_input_tokens,
-            kv_cache=settings.kv_cache,
-            ntk_policy=settings.ntk_policy,
-            skip_preflight=settings.skip_preflight,
-            report=report,
-        )
+        return load_backend(settings.checkpoint, settings.load, report=report)
 
     return serve(settings, DeferredBackend(load, on_status=TerminalProgress()))
 

@@ -66,9 +66,18 @@ class EngineStep:
     """One step of a reply: either a token or, as the last step, the reason of the end.
 
     The token that ends a sequence (end of turn, end of text) is not part of the reply.
+
+    Attributes:
+        token_id: The token.
+        logprob: Its natural log-probability by the model's own distribution, before temperature,
+            penalty and cuts; None unless `SamplingParams.top_logprobs` asks for it.
+        top_logprobs: The likeliest tokens and their log-probabilities, as many as asked for.
+        finish_reason: Of the last step.
     """
 
     token_id: int | None = None
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
     finish_reason: FinishReason | None = None
 
 

@@ -11,15 +11,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from qwen.backend import BackendInfo, MemoryUse, ReportProgress, ignore_progress
 from qwen.chat_format import ChatFormat, TextTokenizer
 from qwen.checkpoint import parse_checkpoint
 from qwen.devices import describe_devices
-from qwen.engine import Engine, EngineStep, NtkPolicy
+from qwen.engine import Engine, EngineStep
 from qwen.errors import InvalidRequest, InvalidSetting
 from qwen.fast_decoder import build_decoder, can_pack
+from qwen.load_options import DEFAULT_OPTIONS, LoadOptions
 from qwen.messages import (
     ChatRequest,
     ContextUsage,
@@ -37,7 +38,7 @@ from qwen.tokenizer import build_chat_format, build_text_tokenizer
 from qwen.weights_cache import cache_folder
 
 if TYPE_CHECKING:
-    from qwen.int8_cache import KvCacheChoice
+    from qwen.decoder import Decoder
 
 #: Tokens that end a reply of a Qwen model, whatever its generation_config.json says: some released
 #: ones name only one of the two.
@@ -206,29 +207,15 @@ def _close(steps: Iterator[EngineStep]) -> None:
 
 def load_backend(
     checkpoint: str,
+    options: LoadOptions = DEFAULT_OPTIONS,
     *,
-    device: Literal["auto", "cpu"] = "auto",
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
-    num_gpus: int | None = None,
-    offload_folder: Path | None = None,
-    max_input_tokens: int | None = None,
-    kv_cache: KvCacheChoice = "auto",
-    ntk_policy: NtkPolicy = "published",
-    skip_preflight: bool = False,
     report: ReportProgress = ignore_progress,
 ) -> LocalBackend:
     """Load a checkpoint and build the backend on it.
 
     Args:
         checkpoint: "auto", a folder, a file or a hub name; see `qwen.checkpoint`.
-        device: "auto" takes a GPU where there is one.
-        dtype: "auto" leaves the choice to the device.
-        num_gpus: Spread the model over so many GPUs; None is as few as needed.
-        offload_folder: Where weights may wait on disk that fit neither GPUs nor memory.
-        max_input_tokens: See `LocalBackend`.
-        kv_cache: See `Engine`.
-        ntk_policy: See `qwen.engine.NtkPolicy`.
-        skip_preflight: Load even what does not seem to fit, with the model's whole context.
+        options: How to load and run it.
         report: Called with what is being done.
 
     Raises:
@@ -241,35 +228,32 @@ def load_backend(
     from qwen.preflight import Wish, check_start
 
     parse_checkpoint(checkpoint)  # a misspelt name fails before seconds of imports
-    kernels_folder = cache_folder() / "kernels" if dtype == "auto" else None
+    kernels_folder = cache_folder() / "kernels"
+    packs = options.dtype == "auto" and not runs_on_gpu(options.device) and can_pack(kernels_folder)
     # Weights that will be packed are read in the smallest form that loses nothing they have.
-    packs = kernels_folder is not None and not runs_on_gpu(device) and can_pack(kernels_folder)
-    if packs:
-        dtype = "bfloat16"
+    dtype = "bfloat16" if packs else options.dtype
     wish = Wish(
-        device=device,
+        device=options.device,
         dtype=dtype,
-        kv_cache=kv_cache,
-        num_gpus=num_gpus,
-        can_offload=offload_folder is not None,
+        kv_cache=options.kv_cache,
+        num_gpus=options.num_gpus,
+        can_offload=options.offload_folder is not None,
     )
-    checked = check_start(checkpoint, wish, enforce=not skip_preflight, report=report)
+    checked = check_start(checkpoint, wish, enforce=not options.skip_preflight, report=report)
     loaded = load_model(
         checkpoint,
-        device=device,
+        device=options.device,
         dtype=dtype,
-        num_gpus=num_gpus,
-        offload_folder=offload_folder,
+        num_gpus=options.num_gpus,
+        offload_folder=options.offload_folder,
         report=report,
     )
     backend = build_backend(
         loaded.model,
         loaded.tokenizer,
+        options,
         name=loaded.name,
         notices=(*loaded.notices, *checked.notices),
-        max_input_tokens=max_input_tokens,
-        kv_cache=kv_cache,
-        ntk_policy=ntk_policy,
         context_limit=checked.context_limit,
         memory=checked.memory,
         kernels_folder=kernels_folder if packs else None,
@@ -282,12 +266,10 @@ def load_backend(
 def build_backend(
     model: Any,
     tokenizer: Any,
+    options: LoadOptions = DEFAULT_OPTIONS,
     *,
     name: str,
     notices: tuple[str, ...] = (),
-    max_input_tokens: int | None = None,
-    kv_cache: KvCacheChoice = "auto",
-    ntk_policy: NtkPolicy = "published",
     context_limit: int | None = None,
     memory: MemoryUse | None = None,
     kernels_folder: Path | None = None,
@@ -297,11 +279,9 @@ def build_backend(
     Args:
         model: In evaluation mode.
         tokenizer: Of its checkpoint.
+        options: How to run it; what is about loading is not looked at.
         name: See `BackendInfo`; likewise `notices` and `memory`.
         notices: Sentences for the user.
-        max_input_tokens: See `LocalBackend`.
-        kv_cache: See `Engine`; likewise `ntk_policy`.
-        ntk_policy: For models with dynamic NTK.
         context_limit: Offer so many tokens of context at most.
         memory: What the model takes.
         kernels_folder: See `qwen.fast_decoder.build_decoder`.
@@ -310,9 +290,6 @@ def build_backend(
         CheckpointUnsupported: The tokenizer is of a kind that cannot be made safe.
         InvalidSetting: As `Engine`.
     """
-    from qwen.gptq_loading import describe_weights
-    from qwen.loading import cpu_has_bfloat16
-
     texts = build_text_tokenizer(tokenizer)
     chat_format = build_chat_format(
         tokenizer, chat_format=getattr(model.generation_config, "chat_format", None)
@@ -320,15 +297,13 @@ def build_backend(
     context_length = read_context_length(model.config)
     if context_limit is not None:
         context_length = min(context_length, context_limit)
-    decoder = build_decoder(model, kernels_folder=kernels_folder)
-    if decoder is None and kernels_folder is not None and not cpu_has_bfloat16():
-        model.float()  # it was read to be packed, and runs as it is: bfloat16 would be emulated
+    decoder, dtype = _build_decoder(model, kernels_folder)
     info = BackendInfo(
         name=name,
         context_length=context_length,
         is_chat=chat_format is not None,
         device=describe_devices(model),
-        dtype="int8" if decoder is not None and decoder.is_exact else describe_weights(model),
+        dtype=dtype,
         default_params=read_default_params(model.generation_config, context_length),
         notices=notices,
         memory=memory,
@@ -337,8 +312,8 @@ def build_backend(
         model,
         eos_token_ids=read_end_tokens(model.generation_config, tokenizer, texts),
         context_length=context_length,
-        kv_cache=kv_cache,
-        ntk_policy=ntk_policy,
+        kv_cache=options.kv_cache,
+        ntk_policy=options.ntk_policy,
         decoder=decoder,
     )
     return LocalBackend(
@@ -346,9 +321,21 @@ def build_backend(
         texts,
         chat_format=chat_format,
         info=info,
-        max_input_tokens=max_input_tokens,
+        max_input_tokens=options.max_input_tokens,
         ntk_alpha=model.config.ntk_alpha if model.config.model_type == "qwen" else None,
     )
+
+
+def _build_decoder(model: Any, kernels_folder: Path | None) -> tuple[Decoder | None, str]:
+    """Build the decoder if the model can have one; also tell the form of the weights."""
+    from qwen.gptq_loading import describe_weights
+    from qwen.loading import cpu_has_bfloat16
+
+    decoder = build_decoder(model, kernels_folder=kernels_folder)
+    if decoder is None and kernels_folder is not None and not cpu_has_bfloat16():
+        model.float()  # it was read to be packed, and runs as it is: bfloat16 would be emulated
+    is_packed = decoder is not None and decoder.is_exact
+    return decoder, "int8" if is_packed else describe_weights(model)
 
 
 def read_end_tokens(generation_config: Any, tokenizer: Any, texts: TextTokenizer) -> frozenset[int]:

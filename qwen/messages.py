@@ -6,21 +6,49 @@ Knows no tokenizer, no model and no web framework. Everything here is immutable.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from qwen.errors import InvalidSetting
 
-Role = Literal["system", "user", "assistant"]
-FinishReason = Literal["stop", "length", "cancelled"]
+Role = Literal["system", "user", "assistant", "tool"]
+FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may ask for; `parameters` is a JSON schema of an object."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A model's wish to call a tool; `arguments` is JSON as the model wrote it, right or wrong."""
+
+    id: str
+    name: str
+    arguments: str
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn's raw text; `content` is never HTML and never escaped."""
+    """One turn's raw text; `content` is never HTML and never escaped.
+
+    Attributes:
+        role: Who speaks.
+        content: What they say; of role "tool" the result of a call.
+        tool_calls: An assistant's calls.
+        tool_call_id: Of role "tool": which call this is the result of.
+    """
 
     role: Role
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +68,7 @@ SAMPLING_RANGES: dict[str, Range] = {
     "repetition_penalty": Range(0.5, 2.0),
     "max_new_tokens": Range(1, 1_048_576, whole=True),
     "seed": Range(0, 2**63 - 1, whole=True),
+    "top_logprobs": Range(0, 20, whole=True),
 }
 
 
@@ -55,6 +84,8 @@ class SamplingParams:
         seed: Same seed, prompt and settings give the same reply; None draws a fresh one.
         max_new_tokens: Tokens after which a reply is cut with finish reason "length".
         stop: Texts that end the reply and are not shown.
+        top_logprobs: Tell each token's log-probability, and those of so many likeliest tokens;
+            None tells neither.
 
     Raises:
         InvalidSetting: A value is not a finite number or lies outside `SAMPLING_RANGES`.
@@ -67,11 +98,12 @@ class SamplingParams:
     seed: int | None = None
     max_new_tokens: int = 1024
     stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         for name in SAMPLING_RANGES:
             value = getattr(self, name)
-            if name == "seed" and value is None:
+            if name in ("seed", "top_logprobs") and value is None:
                 continue
             object.__setattr__(self, name, checked_number(name, value))
         if not isinstance(self.stop, tuple) or not all(
@@ -108,12 +140,16 @@ class ChatRequest:
         raw_prompt: Text to complete without any template (base models); excludes `messages`.
         reply_prefix: The beginning of the reply that the model is to continue; it is not
             repeated in the stream.
+        tools: What the model may call; a chat's only.
+        tool_choice: "auto", "none", "required" (some call) or the name of the tool to call.
         params: Sampling parameters.
     """
 
     messages: tuple[Message, ...] = ()
     raw_prompt: str | None = None
     reply_prefix: str = ""
+    tools: tuple[Tool, ...] = ()
+    tool_choice: str = "auto"
     params: SamplingParams = field(default_factory=SamplingParams)
 
 
@@ -173,6 +209,31 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A token's bytes and natural log-probability, and those of the likeliest tokens in its place.
+
+    Computed from the model's own distribution, before temperature, penalty and cuts.
+    """
+
+    token: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A part of the reply's `index`-th tool call.
+
+    The first part of a call has `id` and `name`; the joined `arguments` of all are the call's.
+    """
+
+    index: int
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class StreamEvent:
     """One step of a reply. The joined `text` of all events is the whole reply.
 
@@ -182,10 +243,16 @@ class StreamEvent:
     Attributes:
         text: New text; may be empty while bytes or a possible stop string are held back.
         token_ids: The ids behind this step, in order.
+        logprobs: One for each of `token_ids`, where they were asked for.
+        tool_calls: New parts of calls; their text is not in `text`.
+        reasoning: New text of the model's thoughts, where a remote engine tells them apart.
     """
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    reasoning: str = ""
     context: ContextUsage | None = None
     finish_reason: FinishReason | None = None
     usage: Usage | None = None

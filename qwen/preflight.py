@@ -19,6 +19,7 @@ from qwen.checkpoint_shape import size_checkpoint
 from qwen.engine import PREFILL_CHUNK
 from qwen.errors import DoesNotFit, HubUnreachable, QwenError
 from qwen.free_memory import FreeMemory, read_free_memory
+from qwen.load_options import DTYPES, KV_CACHES, positive_int
 from qwen.loading import choose_dtype, cpu_has_bfloat16
 from qwen.memory_model import MemoryItem
 from qwen.placement import check_num_gpus
@@ -237,16 +238,14 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("name", metavar="NAME", help="as -c of the web demo takes it")
     parser.add_argument(
         "--context",
-        type=_positive_int,
+        type=positive_int,
         metavar="N",
         help="tokens of prompt and reply together (default: the model's whole context)",
     )
-    parser.add_argument(
-        "--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto"
-    )
-    parser.add_argument("--kv-cache", choices=("auto", "int8"), default="auto")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto")
+    parser.add_argument("--kv-cache", choices=KV_CACHES, default="auto")
     parser.add_argument("--cpu-only", action="store_true", help="do not use a GPU")
-    parser.add_argument("--num-gpus", type=_positive_int, metavar="N", help="spread over N GPUs")
+    parser.add_argument("--num-gpus", type=positive_int, metavar="N", help="spread over N GPUs")
     parser.add_argument(
         "--free",
         type=_gigabytes,
@@ -255,12 +254,6 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print all figures as JSON")
     return parser
-
-
-def _positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def _gigabytes(text: str) -> int:

@@ -16,6 +16,7 @@ import pytest
 from fake_backend import FakeBackend, ready, wait_until
 
 from qwen.backend import DeferredBackend
+from qwen.load_options import LoadOptions
 from qwen.local import LocalBackend, load_backend
 from webapp.server import launch_page
 from webapp.settings import Settings
@@ -99,7 +100,7 @@ def embedded_v1_folder(embedded_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def embedded_backend() -> Iterator[LocalBackend]:
     """The embedded default, loaded once for all integration tests."""
-    backend = load_backend("auto", device="cpu")
+    backend = load_backend("auto", LoadOptions(device="cpu"))
     yield backend
     backend.close()
 

@@ -22,6 +22,7 @@ from qwen import AutoModelForCausalLM
 from qwen.errors import CheckpointDamaged, CheckpointUnsupported
 from qwen.gptq_format import GptqConfig, pack_zeros
 from qwen.gptq_loading import describe_weights
+from qwen.load_options import LoadOptions
 from qwen.loading import load_folder, load_model
 from qwen.local import load_backend
 from qwen.messages import ChatRequest, Message, SamplingParams
@@ -173,7 +174,7 @@ def test_settings_beside_config_json_are_found(pairs, folder):
 
 
 def test_page_says_what_runs(folder):
-    backend = load_backend(str(folder), device="cpu", dtype="float32")
+    backend = load_backend(str(folder), LoadOptions(device="cpu", dtype="float32"))
     try:
         assert backend.info.dtype == "int4 (float32)"
         request = ChatRequest(

@@ -27,6 +27,7 @@ from qwen.int8_cache import (
     key_factors,
     quantize_kv,
 )
+from qwen.load_options import LoadOptions
 from qwen.local import load_backend
 from qwen.messages import SamplingParams
 
@@ -370,18 +371,18 @@ def test_engine_keeps_what_option_or_configuration_ask_for(made, kv_cache, asked
 
 
 def test_option_of_the_backend_reaches_the_engine(made, tmp_path):
-    backend = load_backend(str(write_tiny_v1(tmp_path)), device="cpu", kv_cache="int8")
+    backend = load_backend(str(write_tiny_v1(tmp_path)), LoadOptions(device="cpu", kv_cache="int8"))
     assert len(made) == 1  # by the warm-up
     backend.close()
 
 
 def test_flag_reaches_the_backend(monkeypatch):
-    monkeypatch.setattr("qwen.local.load_backend", lambda checkpoint, **options: options)
+    monkeypatch.setattr("qwen.local.load_backend", lambda checkpoint, options, report: options)
     monkeypatch.setattr(app, "DeferredBackend", lambda load, on_status: load(print))
     monkeypatch.setattr(app, "serve", lambda settings, backend: backend)
     for flags, expected in ([], "auto"), (["--kv-cache", "int8"], "int8"):
         monkeypatch.setattr("sys.argv", ["app.py", *flags])
-        assert app.main()["kv_cache"] == expected
+        assert app.main().kv_cache == expected
 
 
 @pytest.mark.integration

@@ -21,6 +21,7 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen.text_stream": (0, ""),
     "qwen.carriers": (0, ""),
     "qwen.messages": (0.5, ""),
+    "qwen.load_options": (0, ""),
     "qwen.chat_format": (0.8, ""),
     "qwen.backend": (1, ""),
     "qwen.prompt": (1, ""),

@@ -20,6 +20,7 @@ from qwen.errors import (
     OutOfMemory,
     PromptTooLong,
 )
+from qwen.load_options import LoadOptions
 from qwen.local import build_backend, load_backend, read_default_params, read_end_tokens
 from qwen.messages import ChatRequest, Message, SamplingParams
 from qwen.tokenizer import build_text_tokenizer
@@ -62,11 +63,13 @@ def scripted(*parts, template=CHATML_TEMPLATE, model_options=None, **options):
     tokens = [i for part in parts for i in ([part] if isinstance(part, int) else text_ids(part))]
     tokens.append(control_id("<|im_end|>"))
     model = ScriptedModel(tokens, **(model_options or {}))
-    return build_backend(model, build_byte_tokenizer(template), name="Tiny", **options)
+    return build_backend(model, build_byte_tokenizer(template), LoadOptions(**options), name="Tiny")
 
 
 def tiny(**options):
-    return build_backend(build_tiny_model(), build_byte_tokenizer(), name="Tiny", **options)
+    return build_backend(
+        build_tiny_model(), build_byte_tokenizer(), LoadOptions(**options), name="Tiny"
+    )
 
 
 def ask(text="hello", *earlier, prefix="", **values):
@@ -359,7 +362,9 @@ def test_warming_up_changes_no_reply():
 
 
 def test_backend_describes_its_model():
-    info = tiny(notices=("Uses the CPU.",)).info
+    info = build_backend(
+        build_tiny_model(), build_byte_tokenizer(), name="Tiny", notices=("Uses the CPU.",)
+    ).info
     assert (info.name, info.context_length, info.is_chat) == ("Tiny", 512, True)
     assert (info.device, info.dtype, info.notices) == ("cpu", "float32", ("Uses the CPU.",))
     assert info.default_params.max_new_tokens == 128
@@ -481,7 +486,7 @@ def test_real_address_space_limit_while_generating_is_survived(embedded_folder):
 @pytest.fixture(scope="module")
 def v1_backend(tmp_path_factory):
     folder = write_tiny_v1(tmp_path_factory.mktemp("v1"))
-    return load_backend(str(folder), device="cpu", dtype="float32")
+    return load_backend(str(folder), LoadOptions(device="cpu", dtype="float32"))
 
 
 def ask_v1(backend, text, **params):
@@ -510,7 +515,7 @@ def test_qwen_v1_is_good_for_four_times_its_training_length(v1_backend):
 
 def test_qwen_v1_base_model_completes_raw_text(tmp_path):
     folder = write_tiny_v1(tmp_path, chat_format="raw")
-    backend = load_backend(str(folder), device="cpu", dtype="float32")
+    backend = load_backend(str(folder), LoadOptions(device="cpu", dtype="float32"))
     request = ChatRequest(raw_prompt="hello", params=SamplingParams(max_new_tokens=2))
     assert not backend.info.is_chat
     assert list(backend.stream(request, threading.Event()))[-1].usage.prompt_tokens >= 1
@@ -518,4 +523,4 @@ def test_qwen_v1_base_model_completes_raw_text(tmp_path):
 
 def test_ntk_policy_reaches_the_engine():
     with pytest.raises(InvalidSetting, match="dynamic NTK"):
-        build_backend(build_tiny_model(), build_byte_tokenizer(), name="tiny", ntk_policy="grow")
+        tiny(ntk_policy="grow")

@@ -24,6 +24,7 @@ from qwen.devices import describe_devices, input_device
 from qwen.engine import Engine
 from qwen.errors import CheckpointError, DiskFull, InvalidSetting, OutOfMemory
 from qwen.free_memory import FreeMemory
+from qwen.load_options import LoadOptions
 from qwen.loading import load_folder, load_model, load_model_on_gpus
 from qwen.local import load_backend
 from qwen.messages import SamplingParams
@@ -343,13 +344,13 @@ def test_places_are_described(
 
 
 def test_flags_reach_the_loader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("qwen.local.load_backend", lambda checkpoint, **options: options)
+    monkeypatch.setattr("qwen.local.load_backend", lambda checkpoint, options, report: options)
     monkeypatch.setattr(app, "DeferredBackend", lambda load, on_status: load(print))
     monkeypatch.setattr(app, "serve", lambda settings, backend: backend)
     flags = ["--num-gpus", "2", "--offload-folder", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["app.py", *flags])
     options: Any = app.main()
-    assert (options["num_gpus"], options["offload_folder"]) == (2, tmp_path)
+    assert (options.num_gpus, options.offload_folder) == (2, tmp_path)
 
 
 def test_backend_hands_its_places_to_the_loader(
@@ -361,7 +362,7 @@ def test_backend_hands_its_places_to_the_loader(
 
     monkeypatch.setattr("qwen.loading.load_model", loader)
     with pytest.raises(LookupError):
-        load_backend(str(folders["qwen"]), num_gpus=2, offload_folder=tmp_path)
+        load_backend(str(folders["qwen"]), LoadOptions(num_gpus=2, offload_folder=tmp_path))
 
 
 # The disk

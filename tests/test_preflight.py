@@ -12,6 +12,7 @@ from tiny_checkpoint import CONTEXT, write_tiny_folder, write_tiny_gguf
 
 from qwen.errors import CheckpointNotFound, DoesNotFit, HubUnreachable, OutOfMemory
 from qwen.free_memory import FreeMemory
+from qwen.load_options import LoadOptions
 from qwen.local import load_backend
 from qwen.memory_model import MemoryItem
 from qwen.preflight import Wish, check_memory, check_start, main
@@ -309,7 +310,7 @@ def test_backend_has_the_shorter_context_and_tells_of_memory(long_folder, monkey
     free = FreeMemory(need(long_folder, 4096))
     checked = check_start(str(long_folder), wish, free=free)
     monkeypatch.setattr("qwen.preflight.check_start", lambda *args, **options: checked)
-    backend = load_backend(str(long_folder), device="cpu", dtype="float32")
+    backend = load_backend(str(long_folder), LoadOptions(device="cpu", dtype="float32"))
     assert backend.info.context_length == 4096
     assert backend.info.memory == checked.memory
     assert checked.notices[0] in backend.info.notices
@@ -323,14 +324,14 @@ def test_backend_is_refused_before_any_weight_is_read(folder, monkeypatch):
     monkeypatch.setattr(preflight, "read_free_memory", lambda **options: free)
     monkeypatch.setattr("qwen.loading.load_model", lambda *a, **k: pytest.fail("was loaded"))
     with pytest.raises(DoesNotFit):
-        load_backend(str(folder), device="cpu")
+        load_backend(str(folder), LoadOptions(device="cpu"))
 
 
 def test_backend_that_is_insisted_on_is_loaded(folder, monkeypatch):
     from qwen import preflight
 
     monkeypatch.setattr(preflight, "read_free_memory", lambda **options: FreeMemory(10**6))
-    backend = load_backend(str(folder), device="cpu", skip_preflight=True)
+    backend = load_backend(str(folder), LoadOptions(device="cpu", skip_preflight=True))
     assert backend.info.context_length == CONTEXT
     backend.close()
 

@@ -24,7 +24,7 @@ def test_reference_flags_keep_their_names():
         "h",
     ]
     settings = parse_settings(argv, {})
-    assert (settings.checkpoint, settings.cpu_only, settings.share) == ("./x", True, True)
+    assert (settings.checkpoint, settings.load.device, settings.share) == ("./x", "cpu", True)
     assert (settings.inbrowser, settings.server_port, settings.server_name) == (True, 81, "h")
 
 
@@ -84,24 +84,24 @@ def test_wrong_value_is_named(argv, environ, named, capsys):
 
 def test_gpus_and_disk_are_left_to_the_model_unless_asked_for(tmp_path):
     settings = parse_settings([], {})
-    assert (settings.num_gpus, settings.offload_folder) == (None, None)
+    assert (settings.load.num_gpus, settings.load.offload_folder) == (None, None)
     settings = parse_settings(["--num-gpus", "2", "--offload-folder", str(tmp_path / "new")], {})
-    assert (settings.num_gpus, settings.offload_folder) == (2, tmp_path / "new")
+    assert (settings.load.num_gpus, settings.load.offload_folder) == (2, tmp_path / "new")
 
 
 def test_offload_folder_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert parse_settings(["--offload-folder", "x"], {}).offload_folder == tmp_path / "x"
+    assert parse_settings(["--offload-folder", "x"], {}).load.offload_folder == tmp_path / "x"
 
 
 def test_preflight_is_obeyed_unless_the_user_insists():
-    assert not parse_settings([], {}).skip_preflight
-    assert parse_settings(["--skip-preflight"], {}).skip_preflight
+    assert not parse_settings([], {}).load.skip_preflight
+    assert parse_settings(["--skip-preflight"], {}).load.skip_preflight
 
 
 def test_replies_keep_the_published_ntk_unless_asked_otherwise():
-    assert parse_settings([], {}).ntk_policy == "published"
-    assert parse_settings(["--ntk-policy", "grow"], {}).ntk_policy == "grow"
+    assert parse_settings([], {}).load.ntk_policy == "published"
+    assert parse_settings(["--ntk-policy", "grow"], {}).load.ntk_policy == "grow"
 
 
 def test_help_names_every_setting(capsys):

@@ -10,6 +10,7 @@ from page_driver import PageDriver
 from playwright.sync_api import Browser, expect
 
 from qwen.backend import DeferredBackend
+from qwen.load_options import LoadOptions
 from qwen.local import load_backend
 
 pytestmark = [pytest.mark.browser, pytest.mark.integration]
@@ -20,7 +21,7 @@ REPLY_MILLISECONDS = 240_000
 def test_qwen_v1_chats_in_the_page_and_the_bar_says_when_ntk_applies(
     chromium: Browser, embedded_v1_folder: Path, serve_page: Callable[..., str]
 ) -> None:
-    backend = load_backend(str(embedded_v1_folder), device="cpu")
+    backend = load_backend(str(embedded_v1_folder), LoadOptions(device="cpu"))
     deferred = DeferredBackend(lambda report: backend)
     deferred.start()
     context = chromium.new_context()

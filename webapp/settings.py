@@ -9,15 +9,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+
+from qwen.load_options import (
+    DEFAULT_OPTIONS,
+    LoadOptions,
+    add_load_arguments,
+    read_checkpoint,
+    read_load_options,
+)
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
 STUDIO_HOST, STUDIO_PORT = "0.0.0.0", 7860
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-KV_CACHES = ("auto", "int8")
-NTK_POLICIES = ("published", "grow")
 
 DESCRIPTION = """\
 Chat with a Qwen model in the browser. Without any flag, a small real Qwen runs on this
@@ -46,36 +49,22 @@ class Settings:
 
     Attributes:
         checkpoint: A name as `qwen.checkpoint` reads it.
-        cpu_only: Ignore CUDA devices.
-        dtype: Precision of the weights; "auto" lets the device choose.
-        num_gpus: GPUs to spread the model over; None is as few as needed.
-        offload_folder: Where weights may wait on disk that fit neither GPUs nor memory.
+        load: How to load and run it.
         server_name: Address to listen on; None lets the platform choose.
         server_port: Port to listen on; None lets the platform choose.
         auth: User name and password that the page asks for.
         system_prompt: The system prompt that a new visitor starts with.
-        max_input_tokens: Budget for the prompt; None is the model's whole context.
-        kv_cache: How keys and values of a conversation are kept; "auto" is as the model computes.
-        ntk_policy: What a Qwen v1 model does when a reply outgrows its rotary base.
-        skip_preflight: Load a model even if it does not seem to fit into memory.
         warnings: Sentences to print at start.
     """
 
     checkpoint: str = "auto"
-    cpu_only: bool = False
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    num_gpus: int | None = None
-    offload_folder: Path | None = None
+    load: LoadOptions = DEFAULT_OPTIONS
     share: bool = False
     inbrowser: bool = False
     server_name: str | None = DEFAULT_HOST
     server_port: int | None = DEFAULT_PORT
     auth: tuple[str, str] | None = None
     system_prompt: str = "You are a helpful assistant."
-    max_input_tokens: int | None = None
-    kv_cache: Literal["auto", "int8"] = "auto"
-    ntk_policy: Literal["published", "grow"] = "published"
-    skip_preflight: bool = False
     warnings: tuple[str, ...] = ()
 
 
@@ -87,8 +76,6 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     """
     parser = _build_parser()
     given = parser.parse_args(argv)
-    if given.cpu_only and given.num_gpus:
-        parser.error("--cpu-only and --num-gpus contradict each other; leave one out")
     host, port = _address(parser, given, environ)
     auth_text = given.auth if given.auth is not None else environ.get("QWEN_AUTH")
     auth = _parse_auth(parser, auth_text) if auth_text else None
@@ -100,21 +87,14 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
             "Add --auth USER:PASSWORD to ask for a login."
         )
     return Settings(
-        checkpoint=given.checkpoint_path or environ.get("QWEN_CHECKPOINT") or "auto",
-        cpu_only=given.cpu_only,
-        dtype=given.dtype,
-        num_gpus=given.num_gpus,
-        offload_folder=given.offload_folder,
+        checkpoint=read_checkpoint(given, environ),
+        load=read_load_options(parser, given),
         share=share,
         inbrowser=given.inbrowser,
         server_name=host,
         server_port=port,
         auth=auth,
         system_prompt=given.system_prompt,
-        max_input_tokens=given.max_input_tokens,
-        kv_cache=given.kv_cache,
-        ntk_policy=given.ntk_policy,
-        skip_preflight=given.skip_preflight,
         warnings=tuple(warnings),
     )
 
@@ -126,56 +106,7 @@ def _build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "-c",
-        "--checkpoint-path",
-        metavar="NAME",
-        help="checkpoint to load, see below (default: auto)",
-    )
-    model.add_argument("--cpu-only", action="store_true", help="do not use a GPU")
-    model.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="precision of the weights (default: auto)"
-    )
-    model.add_argument(
-        "--num-gpus",
-        type=_positive_int,
-        metavar="N",
-        help="spread the model over the first N GPUs (default: one if it fits, else all)",
-    )
-    model.add_argument(
-        "--offload-folder",
-        type=_folder,
-        metavar="DIR",
-        help="a model may be larger than the memory: the rest is kept on disk, which is very "
-        "slow (default: refuse it)",
-    )
-    model.add_argument(
-        "--max-input-tokens",
-        type=_positive_int,
-        metavar="N",
-        help="longest prompt in tokens; older turns beyond it are dropped (default: the whole "
-        "context of the model)",
-    )
-    model.add_argument(
-        "--kv-cache",
-        choices=KV_CACHES,
-        default="auto",
-        help="how keys and values of a conversation are kept: int8 takes half the memory of "
-        "bfloat16 (default: auto, as the model computes)",
-    )
-    model.add_argument(
-        "--ntk-policy",
-        choices=NTK_POLICIES,
-        default="published",
-        help="when a reply outgrows its rotary base (Qwen v1, dynamic NTK): published keeps the "
-        "prompt's base, grow reads the sequence again with a wider one (default: published)",
-    )
-    model.add_argument(
-        "--skip-preflight",
-        action="store_true",
-        help="load the model even if it does not seem to fit into memory, with its whole context",
-    )
+    add_load_arguments(parser)
     page = parser.add_argument_group("page")
     page.add_argument(
         "--system-prompt",
@@ -199,19 +130,6 @@ def _build_parser() -> argparse.ArgumentParser:
         "--auth", metavar="USER:PASSWORD", help="ask for this login before showing the page"
     )
     return parser
-
-
-def _positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _folder(text: str) -> Path:
-    path = Path(text).expanduser().absolute()
-    if not text or (path.exists() and not path.is_dir()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
-    return path
 
 
 def _port(text: str) -> int:

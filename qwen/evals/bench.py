@@ -36,9 +36,10 @@ _PROGRAM_BYTES = 600 * 10**6
 
 _FIRST_TOKEN = """
 import sys, threading, time
+from qwen.load_options import LoadOptions
 from qwen.local import load_backend
 from qwen.messages import ChatRequest, Message, SamplingParams
-backend = load_backend("auto", device="cpu")
+backend = load_backend("auto", LoadOptions(device="cpu"))
 request = ChatRequest((Message("user", "Hello"),), params=SamplingParams(max_new_tokens=8))
 for event in backend.stream(request, threading.Event()):
     if event.text:

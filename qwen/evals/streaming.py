@@ -21,6 +21,7 @@ from typing import Any
 
 from qwen.backend import ChatBackend
 from qwen.evals.machine import describe_machine
+from qwen.load_options import LoadOptions
 from qwen.messages import ChatRequest, Message, SamplingParams
 
 QUESTION = "Explain in detail how a hash table works."
@@ -39,7 +40,7 @@ def main() -> None:
     from qwen.local import load_backend
 
     print(describe_machine("torch", "transformers", "gradio"))
-    backend = load_backend(given.checkpoint_path, device="cpu")
+    backend = load_backend(given.checkpoint_path, LoadOptions(device="cpu"))
     with running_app(given.port, given.checkpoint_path) as url:
         ask = connect(url, given.tokens)
         alone, through_page = [], []
