@@ -109,6 +109,7 @@ class Decoder:
         self._weights = collect_weights(model, kernels=kernels)
         self._parts = ForwardParts(TorchOps() if kernels is None else CpuOps(kernels))
         self._dtype = torch.float32 if kernels else model.dtype
+        self._store_dtype = torch.bfloat16 if kernels else model.dtype
         self._config = model.config
         self.device: torch.device = self._weights.embedding.device
         #: Whether a token's numbers are the same, bit for bit, with whatever others it is read.
@@ -219,7 +220,7 @@ class Decoder:
             num_layers=len(weights.layers),
             num_kv_heads=weights.num_kv_heads,
             head_dim=weights.head_dim,
-            dtype=self._dtype,
+            dtype=self._store_dtype,
             device=self.device,
             capacity=capacity,
             max_capacity=max_capacity,

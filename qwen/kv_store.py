@@ -12,6 +12,9 @@ from torch import Tensor, empty, zeros
 #: Positions that a store has room for at least, and by which it is rounded up.
 BLOCK = 256
 
+#: Positions that are copied whole: kernels keep them in an order of their own.
+_COPIED = 16
+
 
 class KvStore:
     """Rotated keys and values of all layers. Not for several threads at once.
@@ -70,14 +73,15 @@ class KvStore:
         Raises:
             ValueError: The store may not grow so far.
         """
-        if length <= self.capacity:
-            return
         if self._max_capacity is not None and length > self._max_capacity:
             raise ValueError(f"{length} positions in a store of at most {self._max_capacity}")
+        if length <= self.capacity:
+            return
         shape = list(self._data.shape)
         shape[3] = self._rounded(max(length, 2 * self.capacity))
         grown = self._allocate(shape, dtype=self._data.dtype, device=self._data.device)
-        grown[:, :, :, : self.length] = self._data[:, :, :, : self.length]
+        copied = _whole(self.length)
+        grown[:, :, :, :copied] = self._data[:, :, :, :copied]
         self._data = grown
 
     def truncate(self, length: int) -> None:
@@ -105,7 +109,8 @@ class KvStore:
         assert 0 <= length <= other.length
         self.length = 0
         self.reserve(length)
-        self._data[:, :, :, :length] = other._data[:, :, :, :length]
+        copied = _whole(length)
+        self._data[:, :, :, :copied] = other._data[:, :, :, :copied]
         self.length = length
 
     @property
@@ -115,4 +120,8 @@ class KvStore:
 
     def _rounded(self, length: int) -> int:
         rounded = -(-length // BLOCK) * BLOCK
-        return rounded if self._max_capacity is None else min(rounded, self._max_capacity)
+        return rounded if self._max_capacity is None else min(rounded, _whole(self._max_capacity))
+
+
+def _whole(length: int) -> int:
+    return -(-length // _COPIED) * _COPIED
