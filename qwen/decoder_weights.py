@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qwen.cpu_kernels import CpuKernels
 from qwen.int8_linear import Int8Linear, Int8Rows
+from qwen.mapped_memory import drop_pages
 from qwen.quantized import Int4Linear
 
 LinearMap = Callable[..., Tensor]
@@ -204,8 +205,16 @@ def _join_int8(places: list[_Place], layers: list[nn.Linear], kernels: CpuKernel
         is_whole = len(layers) == 1
         view = joined if is_whole else joined.rows(start, start + layer.out_features)
         setattr(parent, child, view)
+        if not _is_embedding(parent, layer.weight):
+            drop_pages(layer.weight)
         start += layer.out_features
     return joined
+
+
+def _is_embedding(parent: nn.Module, weight: Tensor) -> bool:
+    """Tell whether an output matrix is also the embedding of the model that holds it."""
+    get: Any = getattr(parent, "get_input_embeddings", None)
+    return get is not None and get().weight.data_ptr() == weight.data_ptr()
 
 
 def _join_dense(layers: list[nn.Linear]) -> nn.Linear:

@@ -77,6 +77,7 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen.quantize": (3.2, "transformers"),
     # The fast forward.
     "qwen.cpu_kernels": (1, "torch"),
+    "qwen.mapped_memory": (1, "torch"),
     "qwen.prefix_cache": (1, ""),
     "qwen.kv_store": (1, "torch"),
     "qwen.int8_linear": (1.5, "torch"),
