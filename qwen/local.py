@@ -19,7 +19,7 @@ from qwen.checkpoint import parse_checkpoint
 from qwen.devices import describe_devices
 from qwen.engine import Engine, EngineStep
 from qwen.errors import InvalidRequest, InvalidSetting
-from qwen.fast_decoder import build_decoder, can_pack
+from qwen.fast_decoder import build_decoder, can_pack, kernels_folder
 from qwen.load_options import DEFAULT_OPTIONS, LoadOptions
 from qwen.messages import (
     ChatRequest,
@@ -35,7 +35,6 @@ from qwen.model_shape import read_context_length
 from qwen.prompt import Prompt, PromptBuilder
 from qwen.text_stream import stream_until_stop, stream_utf8
 from qwen.tokenizer import build_chat_format, build_text_tokenizer
-from qwen.weights_cache import cache_folder
 
 if TYPE_CHECKING:
     from qwen.decoder import Decoder
@@ -228,8 +227,8 @@ def load_backend(
     from qwen.preflight import Wish, check_start
 
     parse_checkpoint(checkpoint)  # a misspelt name fails before seconds of imports
-    kernels_folder = cache_folder() / "kernels"
-    packs = options.dtype == "auto" and not runs_on_gpu(options.device) and can_pack(kernels_folder)
+    folder = kernels_folder()
+    packs = options.dtype == "auto" and not runs_on_gpu(options.device) and can_pack(folder)
     # Weights that will be packed are read in the smallest form that loses nothing they have.
     dtype = "bfloat16" if packs else options.dtype
     wish = Wish(
@@ -238,6 +237,7 @@ def load_backend(
         kv_cache=options.kv_cache,
         num_gpus=options.num_gpus,
         can_offload=options.offload_folder is not None,
+        packs=packs,
     )
     checked = check_start(checkpoint, wish, enforce=not options.skip_preflight, report=report)
     loaded = load_model(
@@ -256,7 +256,7 @@ def load_backend(
         notices=(*loaded.notices, *checked.notices),
         context_limit=checked.context_limit,
         memory=checked.memory,
-        kernels_folder=kernels_folder if packs else None,
+        kernels_folder=folder if packs else None,
     )
     report("Warming up")
     backend.warm_up()
