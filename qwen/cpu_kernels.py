@@ -131,25 +131,30 @@ class CpuKernels:
         self.row_block: int = library.row_block()
         self.position_block: int = library.position_block()
 
-    def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantise the weight of a linear layer.
+    def pack(self, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantise the weight of a linear layer, or of several as one with the outputs of all.
 
         Args:
-            weight: (out, in), float32, bfloat16 or float16.
+            weights: (out, in) each, float32, bfloat16 or float16.
 
         Returns:
             Values (blocks, groups * group_size * row_block), int8, and scales (blocks, groups *
             row_block), bfloat16; a block is of `row_block` outputs, the last one padded.
         """
-        weight = weight.detach().contiguous()
-        rows, columns = weight.shape
+        if any(len(weight) % self.row_block for weight in weights[:-1]):
+            weights = (torch.cat([weight.detach() for weight in weights]),)
+        columns, rows = weights[0].shape[1], sum(len(weight) for weight in weights)
         groups, blocks = -(-columns // self.group_size), -(-rows // self.row_block)
         packed = torch.empty(blocks, groups * self.group_size * self.row_block, dtype=torch.int8)
         scales = torch.empty(blocks, groups * self.row_block, dtype=torch.bfloat16)
-        self._library.pack(
-            weight.data_ptr(), _DTYPES[weight.dtype], rows, columns,
-            packed.data_ptr(), scales.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+        first = 0
+        for weight in weights:
+            weight = weight.detach().contiguous()
+            self._library.pack(
+                weight.data_ptr(), _DTYPES[weight.dtype], *weight.shape,
+                packed[first:].data_ptr(), scales[first:].data_ptr(), torch.get_num_threads(),
+            )  # fmt: skip
+            first += len(weight) // self.row_block
         return packed, scales
 
     def unpack(self, packed: Tensor, scales: Tensor, *, shape: tuple[int, int]) -> Tensor:

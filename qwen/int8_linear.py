@@ -52,10 +52,9 @@ class Int8Linear(nn.Module):
     @classmethod
     def from_linears(cls, layers: Sequence[nn.Linear], *, kernels: CpuKernels) -> Int8Linear:
         """Quantise dense layers of the same inputs as one, outputs in order; none is changed."""
-        weights = [layer.weight.detach() for layer in layers]
         biases = [layer.bias.detach().float() for layer in layers if layer.bias is not None]
         assert len(biases) in (0, len(layers))
-        packed, scales = kernels.pack(weights[0] if len(weights) == 1 else torch.cat(weights))
+        packed, scales = kernels.pack(*(layer.weight for layer in layers))
         return cls(
             packed,
             scales,

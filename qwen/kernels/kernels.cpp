@@ -9,13 +9,17 @@
 
 namespace {
 
-inline float load_float(const void* data, int64_t i, int dtype) {
-  if (dtype == 0) return static_cast<const float*>(data)[i];
-  const uint16_t half = static_cast<const uint16_t*>(data)[i];
-  if (dtype == 1) return bfloat16_to_float(half);
-  _Float16 value;
-  std::memcpy(&value, &half, 2);
-  return float(value);
+// dtype 0 float32, 1 bfloat16, 2 float16.
+inline void load_floats(const void* data, int64_t first, int64_t count, int dtype, float* out) {
+  if (dtype == 0) {
+    std::memcpy(out, static_cast<const float*>(data) + first, count * sizeof(float));
+  } else if (dtype == 1) {
+    const uint16_t* halves = static_cast<const uint16_t*>(data) + first;
+    for (int64_t i = 0; i < count; ++i) out[i] = bfloat16_to_float(halves[i]);
+  } else {
+    const _Float16* halves = static_cast<const _Float16*>(data) + first;
+    for (int64_t i = 0; i < count; ++i) out[i] = float(halves[i]);
+  }
 }
 
 // The smallest bfloat16 that is not below x, which is not negative.
@@ -44,20 +48,18 @@ void pack(const void* weight, int dtype, int64_t outputs, int64_t inputs, int8_t
       for (int64_t row = 0; row < ROWS; ++row) {
         const int64_t n = block * ROWS + row, begin = g * GROUP;
         const int64_t count = n < outputs ? std::min(GROUP, inputs - begin) : 0;
-        float values[GROUP] = {0}, largest = 0;
-        for (int64_t i = 0; i < count; ++i) {
-          values[i] = load_float(weight, n * inputs + begin + i, dtype);
-          largest = std::max(largest, std::fabs(values[i]));
-        }
+        float values[GROUP] = {0}, no_number;
+        load_floats(weight, n * inputs + begin, count, dtype, values);
+        const float largest = largest_magnitude(values, &no_number);
         const uint16_t scale = bfloat16_above(largest / 127.0f);
         const float inverse = largest > 0 ? 1.0f / bfloat16_to_float(scale) : 0.0f;
         scales[(block * groups + g) * ROWS + row] = scale;
-        int8_t* out = packed + (block * groups + g) * BLOCK_BYTES;
-        for (int64_t i = 0; i < GROUP; ++i) {
-          const int whole = int(std::nearbyintf(values[i] * inverse));
-          out[(i / QUAD * ROWS + row) * QUAD + i % QUAD] =
-              int8_t(UNSIGNED_WEIGHTS ? whole ^ 0x80 : whole);
-        }
+        int8_t whole[GROUP];
+        round_to_bytes(values, inverse, whole);
+        if (UNSIGNED_WEIGHTS)
+          for (int64_t i = 0; i < GROUP; ++i) whole[i] = int8_t(whole[i] ^ 0x80);
+        int8_t* out = packed + (block * groups + g) * BLOCK_BYTES + row * QUAD;
+        for (int64_t i = 0; i < GROUP; i += QUAD) std::memcpy(out + i * ROWS, whole + i, QUAD);
       }
 }
 

@@ -14,6 +14,31 @@
 constexpr int64_t GROUP = 32, ROWS = 16, QUAD = 4;
 constexpr int64_t BLOCK_BYTES = GROUP * ROWS;
 
+// The largest of a group; also gives 0, or the NaN that the maximum would lose.
+inline float largest_magnitude(const float* x, float* no_number) {
+  vf top = {}, zero = {};
+  for (int64_t i = 0; i < GROUP; i += LANES) {
+    const vf v = load(x + i);
+    top = larger(v < 0 ? -v : v, top);
+    zero += v * 0.0f;
+  }
+  *no_number = sum(zero);
+  return largest_of(top);
+}
+
+// Writes a group times a factor in whole numbers and returns their sum.
+inline int32_t round_to_bytes(const float* x, float factor, int8_t* out) {
+  typedef int8_t vb __attribute__((vector_size(LANES), aligned(1)));
+  const vf magic = fill(12582912.0f);  // adding it rounds to the nearest even whole number
+  vf total = {};
+  for (int64_t i = 0; i < GROUP; i += LANES) {
+    const vf whole = (load(x + i) * factor + magic) - magic;
+    *reinterpret_cast<vb*>(out + i) = __builtin_convertvector(__builtin_convertvector(whole, vi), vb);
+    total += whole;
+  }
+  return int32_t(sum(total));
+}
+
 // Tokens' activations, quantised.
 struct Activations {
   std::vector<int8_t> values;   // tokens x padded inputs
@@ -38,34 +63,8 @@ struct Activations {
       const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
       const int64_t place = token * groups + g;
       scales[place] = largest / 127.0f + no_number;
-      shifts[place] = -128 * round(padded, inverse, &values[place * GROUP]);
+      shifts[place] = -128 * round_to_bytes(padded, inverse, &values[place * GROUP]);
     }
-  }
-
- private:
-  // Also gives 0, or the NaN that the maximum would lose.
-  static float largest_magnitude(const float* x, float* no_number) {
-    vf top = {}, zero = {};
-    for (int64_t i = 0; i < GROUP; i += LANES) {
-      const vf v = load(x + i);
-      top = larger(v < 0 ? -v : v, top);
-      zero += v * 0.0f;
-    }
-    *no_number = sum(zero);
-    return largest_of(top);
-  }
-
-  // Writes the whole numbers and returns their sum.
-  static int32_t round(const float* x, float factor, int8_t* out) {
-    typedef int8_t vb __attribute__((vector_size(LANES), aligned(1)));
-    const vf magic = fill(12582912.0f);  // adding it rounds to the nearest even whole number
-    vf total = {};
-    for (int64_t i = 0; i < GROUP; i += LANES) {
-      const vf whole = (load(x + i) * factor + magic) - magic;
-      *reinterpret_cast<vb*>(out + i) = __builtin_convertvector(__builtin_convertvector(whole, vi), vb);
-      total += whole;
-    }
-    return int32_t(sum(total));
   }
 };
 
