@@ -41,6 +41,8 @@ class KvStore:
         is_blank: bool = False,
     ) -> None:
         self.length = 0
+        #: Positions that will probably be wanted: doubling stops there.
+        self.expected: int | None = None
         self._max_capacity = max_capacity
         self._allocate = zeros if is_blank else empty
         rounded = self._rounded(capacity)
@@ -75,7 +77,10 @@ class KvStore:
         if self._max_capacity is not None and length > self._max_capacity:
             raise ValueError(f"{length} positions in a store of at most {self._max_capacity}")
         shape = list(self._data.shape)
-        shape[3] = self._rounded(max(length, 2 * self.capacity))
+        doubled = 2 * self.capacity
+        if self.expected is not None:
+            doubled = min(doubled, self.expected)
+        shape[3] = self._rounded(max(length, doubled))
         grown = self._allocate(shape, dtype=self._data.dtype, device=self._data.device)
         grown[:, :, :, : self.length] = self._data[:, :, :, : self.length]
         self._data = grown
@@ -85,8 +90,9 @@ class KvStore:
         assert 0 <= length <= self.length
         self.length = length
 
-    def copy(self) -> KvStore:
-        """Return a store of its own with the same positions, and room for little more."""
+    def copy(self, length: int | None = None) -> KvStore:
+        """Return a store with the same first positions, all by default, and room for few more."""
+        length = self.length if length is None else length
         _, num_layers, num_kv_heads, _, head_dim = self._data.shape
         other = KvStore(
             num_layers=num_layers,
@@ -94,10 +100,10 @@ class KvStore:
             head_dim=head_dim,
             dtype=self._data.dtype,
             device=self._data.device,
-            capacity=max(self.length, 1),
+            capacity=max(length, 1),
             max_capacity=self._max_capacity,
         )
-        other.assign(self, self.length)
+        other.assign(self, length)
         return other
 
     def assign(self, other: KvStore, length: int) -> None:

@@ -21,7 +21,8 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen.text_stream": (0, ""),
     "qwen.carriers": (0, ""),
     "qwen.messages": (0.5, ""),
-    "qwen.load_options": (0, ""),
+    "qwen.serving_limits": (0, ""),
+    "qwen.load_options": (0.1, ""),
     "qwen.chat_format": (0.8, ""),
     "qwen.backend": (1, ""),
     "qwen.prompt": (1, ""),
@@ -86,6 +87,11 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen.cuda_graphs": (2.95, "torch"),
     "qwen.fast_decoder": (2.97, ""),
     "qwen.readers": (2.95, "torch"),
+    # Many users on one model.
+    "qwen.serving_pace": (0, ""),
+    "qwen.reply_steps": (1, ""),
+    "qwen.sequence": (2.96, "torch"),
+    "qwen.scheduler": (2.97, "torch"),
     # The running model.
     "qwen.placement": (2.8, "torch transformers safetensors"),
     "qwen.loading": (3, "torch transformers"),
