@@ -43,10 +43,14 @@ _ONEDNN_OUT_OF_MEMORY = "could not create a primitive"
 
 
 class Running:
-    """A request that has its turn, and its sequence."""
+    """A request that has its turn, and its sequence.
 
-    def __init__(self, request: Request, state: SequenceState) -> None:
-        self.request, self.state = request, state
+    Attributes:
+        quantum: Tokens of its prompt that may still be read before the next prompt's turn.
+    """
+
+    def __init__(self, request: Request, state: SequenceState, *, quantum: int) -> None:
+        self.request, self.state, self.quantum = request, state, quantum
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,7 @@ class Scheduler:
         self._reads_alone = not readers.can_batch or (terms.is_strict and not readers.is_exact)
         self._lock = threading.RLock()  # the garbage collector may close an iterator in here
         self._waiting: deque[Request] = deque()
+        self._starting: list[Request] = []  # neither waits nor runs yet
         self._running: list[Running] = []
         self._thread: threading.Thread | None = None
         self._is_closed = False
@@ -95,7 +100,7 @@ class Scheduler:
     def load(self) -> tuple[int, int]:
         """Requests that run and that wait."""
         with self._lock:
-            return len(self._running), len(self._waiting)
+            return len(self._running) + len(self._starting), len(self._waiting)
 
     def submit(self, request: Request) -> None:
         """Let a request wait for its turn.
@@ -109,7 +114,7 @@ class Scheduler:
             if self._is_closed:
                 raise BackendNotReady("The server is shutting down. Start it again to go on.")
             self._drop_cancelled_waiting()
-            free = self._terms.max_running - len(self._running)
+            free = self._terms.max_running - len(self._running) - len(self._starting)
             position = len(self._waiting) - free + 1
             if position > self._terms.max_waiting:
                 seconds = self._pace.wait_seconds(position, len(self._running))
@@ -158,7 +163,7 @@ class Scheduler:
     def _has_work(self) -> bool:
         """Tell whether the loop goes on; if not, its thread is no longer the loop's."""
         with self._lock:
-            if self._running or self._waiting:
+            if self._running or self._starting or self._waiting:
                 return True
             self._thread = None
             if self._is_closed and self._readers is not None:
@@ -168,9 +173,10 @@ class Scheduler:
 
     def _bury(self) -> None:
         """After the loop's end in an error: tell those it ran, start it again for the others."""
-        running, self._running, self._thread = self._running, [], None
-        for each in running:
-            each.request.put(
+        running = [*self._starting, *(each.request for each in self._running)]
+        self._starting, self._running, self._thread = [], [], None
+        for request in running:
+            request.put(
                 BackendFailed(
                     "Generating stopped because of an unexpected fault. The server's log has the "
                     "details; the model is ready again: try again."
@@ -209,20 +215,20 @@ class Scheduler:
         """Let those who wait begin, in their order, as far as there is room."""
         with self._lock:
             self._drop_cancelled_waiting()
-            begin: list[Request] = []
-            while self._waiting and self._has_room(self._waiting[0], readers, begin):
-                begin.append(self._waiting.popleft())
+            while self._waiting and self._has_room(self._waiting[0], readers):
+                self._starting.append(self._waiting.popleft())
+            num_running = len(self._running) + len(self._starting)
             for position, request in enumerate(self._waiting, start=1):
                 if position != request.position:
                     request.position = position
-                    seconds = self._pace.wait_seconds(position, len(self._running) + len(begin))
+                    seconds = self._pace.wait_seconds(position, num_running)
                     request.put(EngineStep(queued=QueuePlace(position, seconds)))
-        for request in begin:
-            self._begin(request, readers)
+        while self._starting:
+            self._begin(self._starting[0], readers)
 
-    def _has_room(self, request: Request, readers: Readers, begin: Sequence[Request]) -> bool:
+    def _has_room(self, request: Request, readers: Readers) -> bool:
         """Tell whether a request can begin; lets go of kept sequences that are in its way."""
-        running = [*(r.request for r in self._running), *begin]
+        running = [*(r.request for r in self._running), *self._starting]
         if len(running) >= self._terms.max_running:
             return False
         if not self._terms.cache_bytes:
@@ -242,17 +248,19 @@ class Scheduler:
                 readers, request.ids, request.params, expected=expected, ntk_alpha=alpha
             )
         )
-        if state is None:
-            assert failure is not None
-            request.put(failure)
-            return
         with self._lock:
-            self._running.append(Running(request, state))
+            self._starting.remove(request)
+            if state is None:
+                assert failure is not None
+                request.put(failure)
+                return
+            self._running.append(Running(request, state, quantum=prefill_chunk(readers.device)))
 
     def _plan(self, readers: Readers) -> list[list[tuple[Running, int]]]:
         """Choose what is read in this step: groups, each at once, of sequences and tokens.
 
-        Replies come first; what prompts may take beside them is shared in turns.
+        Replies come first. What prompts may take beside them goes to one after the other, so that
+        short ones are through soon, but a long one lets others by after each whole chunk.
         """
         replies = [(r, 1) for r in self._running if r.state.num_unread == 1]
         prompts = [r for r in self._running if r.state.num_unread > 1]
@@ -272,12 +280,18 @@ class Scheduler:
                 break
             pieces.append((running, size))
             budget -= size
-        with self._lock:
-            for running, _ in pieces:  # whose turn it was stands last
-                self._running.remove(running)
-                self._running.append(running)
+        self._take_turns(pieces, chunk)
         group = [*replies, *pieces]
         return [[each] for each in group] if self._reads_alone else [group] if group else []
+
+    def _take_turns(self, pieces: Sequence[tuple[Running, int]], chunk: int) -> None:
+        with self._lock:
+            for running, size in pieces:
+                running.quantum -= size
+                if running.quantum <= 0:
+                    running.quantum = chunk
+                    self._running.remove(running)
+                    self._running.append(running)
 
     def _read(
         self, readers: Readers, group: Sequence[tuple[Running, int]]
