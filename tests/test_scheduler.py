@@ -291,7 +291,7 @@ def test_lack_of_memory_lets_go_of_kept_sequences_first(build):
 
 
 def test_numbers_that_are_none_end_one_reply_only(build):
-    engine, decoder = build()
+    engine, decoder = build(prefix_bytes=0)
     alone = reply(engine, [4, 5, 6])
     read_many, poisoned = decoder.read_many, threading.Event()
 
@@ -365,7 +365,7 @@ def test_conversation_is_not_lost_to_a_stranger_with_the_same_system_prompt(buil
 
 
 def test_hostile_users_leave_nothing_behind(build):
-    engine, decoder = build(limits=ServingLimits(max_running=4, max_waiting=3))
+    engine, _decoder = build(limits=ServingLimits(max_running=4, max_waiting=3))
     expected = reply(engine, [3, 1, 4])
 
     def hostile(number):
