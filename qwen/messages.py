@@ -213,7 +213,7 @@ class QueuePlace:
     """Where a request stands that waits for its turn.
 
     Attributes:
-        position: From 1, the next one to begin.
+        position: From 1, the next one to begin; 0 once it has begun.
         seconds: Estimated time until it begins.
     """
 

@@ -241,6 +241,8 @@ class Scheduler:
 
     def _begin(self, request: Request, readers: Readers) -> None:
         request.started_at = time.monotonic()
+        if request.position:
+            request.put(EngineStep(queued=QueuePlace(0, 0.0)))
         alpha = self._terms.ntk_alpha
         expected = len(request.ids) + request.max_tokens
         state, failure = _attempt(

@@ -20,10 +20,12 @@ from qwen.errors import (
     MessageTooLong,
     OutOfMemory,
     PromptTooLong,
+    TooManyRequests,
 )
 from qwen.load_options import LoadOptions
 from qwen.local import build_backend, load_backend, read_default_params, read_end_tokens
 from qwen.messages import ChatRequest, Message, SamplingParams
+from qwen.serving_limits import ServingLimits
 from qwen.tokenizer import build_text_tokenizer
 
 
@@ -526,3 +528,30 @@ def test_qwen_v1_base_model_completes_raw_text(tmp_path):
 def test_ntk_policy_reaches_the_engine():
     with pytest.raises(InvalidSetting, match="dynamic NTK"):
         tiny(ntk_policy="grow")
+
+
+def test_place_in_the_queue_is_told_before_the_reply():
+    backend = tiny(limits=ServingLimits(max_running=1))
+    cancel = threading.Event()
+    first = backend.stream(ask(max_new_tokens=400), cancel)
+    next(first)
+    second = backend.stream(ask(max_new_tokens=1), threading.Event())
+    events = [next(second), next(second)]
+    cancel.set()
+    events += second
+    first.close()
+    places = [event.queued.position for event in events if event.queued]
+    assert places == [1, 0]
+    assert [event.queued is None for event in events[:3]] == [True, False, False]
+    assert events[-1].finish_reason == "length"
+
+
+def test_full_queue_is_refused_before_anything_is_streamed():
+    backend = tiny(limits=ServingLimits(max_running=1, max_waiting=1))
+    streams = [backend.stream(ask(max_new_tokens=400), threading.Event()) for _ in range(2)]
+    for stream in streams:
+        next(stream)
+    with pytest.raises(TooManyRequests):
+        next(backend.stream(ask(), threading.Event()))
+    for stream in streams:
+        stream.close()

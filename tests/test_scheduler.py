@@ -210,8 +210,13 @@ def test_those_who_wait_are_told_their_place_as_it_changes(build):
     go.set()
     lists = [list(each) for each in steps]
     places = [[step.queued.position for step in each if step.queued] for each in lists]
-    assert places[1:] == [[1], [2, 1], [3, 2, 1]]
-    assert all(step.queued.seconds > 0 for each in lists for step in each if step.queued)
+    assert places[1:] == [[1, 0], [2, 1, 0], [3, 2, 1, 0]]
+    assert all(
+        (step.queued.seconds > 0) == (step.queued.position > 0)
+        for each in lists
+        for step in each
+        if step.queued
+    )
     assert all(each[len(own)].token_id is not None for each, own in zip(lists, places, strict=True))
 
 
