@@ -83,8 +83,11 @@ class Engine:
         self._position_bytes = readers.position_bytes
         self._cache_bytes = _cache_bytes(readers, limits, context_length, prefix_bytes)
         device = readers.device.type
+        max_running = limits.max_running or _MAX_RUNNING.get(device, _MAX_RUNNING["cpu"])
+        if is_strict and device == "cuda":
+            max_running = 1  # a GPU's kernels round by how many sequences there are
         terms = Terms(
-            max_running=limits.max_running or _MAX_RUNNING.get(device, _MAX_RUNNING["cpu"]),
+            max_running=max_running,
             max_waiting=limits.max_waiting,
             cache_bytes=self._cache_bytes,
             eos=self._eos,

@@ -52,19 +52,19 @@ class KvStore:
     @property
     def capacity(self) -> int:
         """Positions that there is room for."""
-        return self._data.shape[3]
+        return self._memory.shape[3]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all room, used or not."""
-        return self._data.nbytes
+        return self._memory.nbytes
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Return a layer's keys and values, (num_kv_heads, capacity, head_dim) each, to write to.
 
         Positions from `length` on hold nothing that means anything.
         """
-        return self._data[0, index], self._data[1, index]
+        return self._memory[0, index], self._memory[1, index]
 
     def reserve(self, length: int) -> None:
         """Make room for so many positions; what `layer` returned before is then out of date.
@@ -93,13 +93,14 @@ class KvStore:
     def copy(self, length: int | None = None) -> KvStore:
         """Return a store with the same first positions, all by default, and room for few more."""
         length = self.length if length is None else length
-        _, num_layers, num_kv_heads, _, head_dim = self._data.shape
+        memory = self._memory
+        _, num_layers, num_kv_heads, _, head_dim = memory.shape
         other = KvStore(
             num_layers=num_layers,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            dtype=self._data.dtype,
-            device=self._data.device,
+            dtype=memory.dtype,
+            device=memory.device,
             capacity=max(length, 1),
             max_capacity=self._max_capacity,
         )
@@ -111,14 +112,24 @@ class KvStore:
         assert 0 <= length <= other.length
         self.length = 0
         self.reserve(length)
-        self._data[:, :, :, :length] = other._data[:, :, :, :length]
+        self._memory[:, :, :, :length] = other._memory[:, :, :, :length]
         self.length = length
 
     @property
     def place(self) -> int:
         """Where the memory begins; another number after the store has grown."""
-        return self._data.data_ptr()
+        return self._memory.data_ptr()
+
+    @property
+    def _memory(self) -> Tensor:
+        """(2, num_layers, num_kv_heads, capacity, head_dim), keys first."""
+        return self._data
 
     def _rounded(self, length: int) -> int:
-        rounded = -(-length // BLOCK) * BLOCK
-        return rounded if self._max_capacity is None else min(rounded, self._max_capacity)
+        return rounded_capacity(length, self._max_capacity)
+
+
+def rounded_capacity(length: int, max_capacity: int | None) -> int:
+    """Round positions up to whole blocks, up to the most that there may be."""
+    rounded = -(-length // BLOCK) * BLOCK
+    return rounded if max_capacity is None else min(rounded, max_capacity)

@@ -25,8 +25,8 @@ class SequenceReader(Protocol):
         """Tokens that were read."""
         ...
 
-    def close(self) -> None:
-        """Let go of the sequence's memory, or keep it for a later prompt."""
+    def close(self, *, keep: bool) -> None:
+        """Let go of the sequence's memory, or keep it for a later prompt where that may be."""
         ...
 
 
@@ -130,7 +130,7 @@ class _TransformersReader:
     def __init__(self, cache: Any, options: dict[str, Any]) -> None:
         self.cache, self.options, self.num_read = cache, options, 0
 
-    def close(self) -> None:
+    def close(self, *, keep: bool) -> None:
         self.cache = None
 
 
@@ -247,12 +247,12 @@ class _DecoderReader:
         self._ids += ids
         self.is_sound = True
 
-    def close(self) -> None:
+    def close(self, *, keep: bool) -> None:
         decoder, state = self._decoder, self._state
         self._decoder = self._state = None
         if decoder is None or state is None:
             return
-        if not self.is_sound:
+        if not (keep and self.is_sound):
             decoder.discard(state.sequence)
             return
         state.sequence = sequence = decoder.park(state.sequence)

@@ -174,6 +174,8 @@ class Scheduler:
     def _bury(self) -> None:
         """After the loop's end in an error: tell those it ran, start it again for the others."""
         running = [*self._starting, *(each.request for each in self._running)]
+        for each in self._running:
+            _attempt(partial(each.state.close, keep=False))
         self._starting, self._running, self._thread = [], [], None
         for request in running:
             request.put(
@@ -360,21 +362,21 @@ class Scheduler:
             running.state.append(choice.token_id, readers)
 
     def _end(self, running: Running, reason: FinishReason) -> None:
-        self._leave(running)
+        self._leave(running, keep=True)
         self._pace.note_turn(time.monotonic() - running.request.started_at)
         running.request.put(EngineStep(finish_reason=reason))
 
     def _fail(self, running: Running, failure: QwenError) -> None:
-        self._leave(running)
+        self._leave(running, keep=False)  # numbers that are none would spoil the next reply
         if isinstance(failure, OutOfMemory) and self._readers is not None:
             self._readers.shrink(0)
         running.request.put(failure)
 
-    def _leave(self, running: Running) -> None:
+    def _leave(self, running: Running, *, keep: bool) -> None:
         with self._lock:
             if running in self._running:
                 self._running.remove(running)
-        _, failure = _attempt(running.state.close)
+        _, failure = _attempt(partial(running.state.close, keep=keep))
         if failure is not None:
             logger.warning("A sequence that ended could not be kept for reuse")
         if self._readers is not None and self._readers.device.type == "cuda" and not self._running:

@@ -58,7 +58,7 @@ class SequenceState:
         """Have the model read all tokens there are, from the beginning."""
         self._alpha_length = len(self._ids)
         if self._reader is not None:  # freed before the next one grows
-            self._reader.close()
+            self._reader.close(keep=True)
         self._reader = None
         chunk = prefill_chunk(readers.device)
         self._reader = readers.start(self._ids, chunk=chunk, expected=self._expected)
@@ -92,8 +92,8 @@ class SequenceState:
         if alpha is not None and alpha(len(self._ids)) != alpha(self._alpha_length):
             self.start(readers)
 
-    def close(self) -> None:
-        """Let go of the sequence's memory unless it is kept for reuse."""
+    def close(self, *, keep: bool = True) -> None:
+        """Let go of the sequence's memory, or keep it for reuse where that may be."""
         if self._reader is not None:
-            self._reader.close()
+            self._reader.close(keep=keep)
         self._reader = None

@@ -80,6 +80,7 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen.cpu_kernels": (1, "torch"),
     "qwen.prefix_cache": (1, ""),
     "qwen.kv_store": (1, "torch"),
+    "qwen.kv_slots": (1.1, "torch"),
     "qwen.int8_linear": (1.5, "torch"),
     "qwen.decoder_ops": (1.7, "torch"),
     "qwen.decoder_weights": (2.8, "torch"),
