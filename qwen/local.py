@@ -6,6 +6,7 @@ and does not touch tensors.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -108,15 +109,20 @@ class LocalBackend:
         self, request: ChatRequest, cancel: threading.Event, reply: _Reply
     ) -> Iterator[StreamEvent]:
         prompt = self._build_prompt(request)
-        yield StreamEvent(context=prompt.usage)
         steps = self._engine.submit(prompt.ids, request.params, cancel=cancel)
-        texts = stream_until_stop(stream_utf8(self._bytes(steps, reply)), request.params.stop)
         try:
+            yield StreamEvent(context=prompt.usage)
+            for step in steps:
+                if step.queued is None:
+                    break
+                yield StreamEvent(queued=step.queued)
+            begun = itertools.chain([step], steps)
+            texts = stream_until_stop(stream_utf8(self._bytes(begun, reply)), request.params.stop)
             for text in texts:
                 yield StreamEvent(text=text, token_ids=reply.take_new_ids())
         finally:
             # After a stop string, an error or a client that left, the engine is still at work.
-            _close(steps)
+            steps.close()
         yield StreamEvent(
             finish_reason=reply.finish_reason,
             usage=Usage(len(prompt.ids), reply.num_tokens),
@@ -196,12 +202,6 @@ class _Reply:
             time_to_first_token=(self.first or time.monotonic()) - self.asked,
             tokens_per_second=(self.num_tokens - 1) / seconds if seconds > 0 else 0.0,
         )
-
-
-def _close(steps: Iterator[EngineStep]) -> None:
-    close = getattr(steps, "close", None)
-    if close is not None:
-        close()
 
 
 def load_backend(
@@ -315,6 +315,8 @@ def build_backend(
         kv_cache=options.kv_cache,
         ntk_policy=options.ntk_policy,
         decoder=decoder,
+        limits=options.limits,
+        is_strict=options.strict_reproducible,
     )
     return LocalBackend(
         engine,

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from qwen.backend import MemoryUse, ReportProgress, ignore_progress
 from qwen.checkpoint_shape import size_checkpoint
-from qwen.engine import PREFILL_CHUNK
 from qwen.errors import DoesNotFit, HubUnreachable, QwenError
 from qwen.fast_decoder import can_pack, kernels_folder
 from qwen.free_memory import FreeMemory, read_free_memory
@@ -26,6 +25,7 @@ from qwen.memory_model import MemoryItem
 from qwen.placement import check_num_gpus
 from qwen.preflight_decision import Plan, Preflight, decide
 from qwen.preflight_text import advise, context_notice, refusal, render_table, summarize
+from qwen.sequence import PREFILL_CHUNK
 
 logger = logging.getLogger(__name__)
 
