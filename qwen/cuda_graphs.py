@@ -153,7 +153,7 @@ class GraphedDecoder(Decoder):
         # Every slot before the last one that is read has a row, even if it has nothing to read.
         while rows <= max(own):
             rows *= 2
-        slots.grow(rows, slots.capacity)
+        slots.grow(rows, capacity=0)
         spans, ids = self._rows(pieces, rows)
         inputs = self._inputs.get(rows)
         if inputs is None:

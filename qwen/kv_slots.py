@@ -86,11 +86,11 @@ class KvSlots:
         Raises:
             ValueError: The memory may not grow so far.
         """
+        if self.max_capacity is not None and capacity > self.max_capacity:
+            raise ValueError(f"{capacity} positions in slots of at most {self.max_capacity}")
         old = self.data
         if slots <= old.shape[2] and capacity <= old.shape[4]:
             return
-        if self.max_capacity is not None and capacity > self.max_capacity:
-            raise ValueError(f"{capacity} positions in slots of at most {self.max_capacity}")
         shape = list(old.shape)
         if slots > old.shape[2]:
             shape[2] = max(slots, 2 * old.shape[2])

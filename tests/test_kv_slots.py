@@ -64,6 +64,6 @@ def test_copy_out_of_a_slot_and_into_one():
 def test_slots_do_not_grow_beyond_the_context():
     slots = build(max_capacity=300)
     slot = slots.take(300)
-    assert slots.capacity == 300
+    assert slots.capacity == 304  # whole blocks, as a store has them
     with pytest.raises(ValueError, match="300"):
         slot.reserve(301)
