@@ -40,7 +40,9 @@ class _Dequantize(torch.autograd.Function):
 
 def _levels(codes: Tensor, group_size: int) -> Tensor:
     """Return codes - zero, (outputs, groups, group_size) float32."""
-    rounded = codes.float() if not codes.is_floating_point() else codes.round().clamp_(LOWEST, HIGHEST)
+    rounded = (
+        codes.float() if not codes.is_floating_point() else codes.round().clamp_(LOWEST, HIGHEST)
+    )
     return _grouped(rounded.sub_(ZERO), group_size)
 
 

@@ -2,7 +2,8 @@
 
 Three of four rows are the dense model's own samples, as in LLM-QAT (Liu et al., arXiv:2305.17888):
 they need no data set, and reach what the model knows far beyond the text that comes along. The
-openings are pieces of that text, the beginnings of its conversations, and single tokens.
+openings are requests on many topics (`qwen.tuning_prompts`), pieces of that text, and single
+tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
@@ -101,7 +103,7 @@ def build_openings(
 def sample_rows(
     model: Any, openings: Sequence[Row], *, length: int, report: ReportProgress, seed: int = 0
 ) -> Tensor:
-    """Let a model go on from openings, at temperature 1 and from its whole distribution.
+    """Let a model go on from openings, from its whole distribution; see `TEMPERATURES`.
 
     An end-of-text token ends nothing: what follows is another text.
 
@@ -134,13 +136,15 @@ def sample_rows(
 def _sample(model: Any, given: Tensor, width: int, generator: torch.Generator) -> Tensor:
     """Fill what is -1 in (rows, length); no row is given more than `width` tokens."""
     cache: Any = roomy_cache(model.config, length=given.shape[1])
-    heat = torch.tensor(TEMPERATURES, device=given.device).repeat(-(-len(given) // 4))[: len(given)]
+    heat = torch.tensor(list(islice(cycle(TEMPERATURES), len(given))), device=given.device)
     for at in range(1, given.shape[1]):
-        output = model(input_ids=given[:, at - 1 : at], past_key_values=cache, use_cache=True)
+        # cuDNN's attention plans anew for every length, and that takes longer than the attention.
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            output = model(input_ids=given[:, at - 1 : at], past_key_values=cache, use_cache=True)
         logits = output.logits[:, -1].float().div_(heat[:, None])
         # The largest of log p + Gumbel noise is a sample; `multinomial` takes several passes more.
         noise = torch.empty_like(logits).exponential_(generator=generator).log_()
-        sampled = (logits.sub_(noise)).argmax(-1)
+        sampled = logits.sub_(noise).argmax(-1)
         known = given[:, at] if at < width else None
         given[:, at] = sampled if known is None else torch.where(known < 0, sampled, known)
     return given
@@ -149,7 +153,7 @@ def _sample(model: Any, given: Tensor, width: int, generator: torch.Generator) -
 class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """A cache layer that has its memory from the start.
 
-    One that grows by a token asks for new memory at every step, which took most of the time.
+    One that grows by a token asks for new memory at every step and copies itself there.
     """
 
     def __init__(self, length: int) -> None:
@@ -173,7 +177,7 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return self.keys, self.values
 
 
-class _RoomyNtkLayer(NtkLayer, _RoomyLayer):
+class _RoomyNtkLayer(NtkLayer, _RoomyLayer):  # type: ignore[no-untyped-call]
     """The same for Qwen v1."""
 
 
