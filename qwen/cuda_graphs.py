@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType
 from typing import Any
 
 import torch
@@ -270,19 +270,19 @@ class GraphedDecoder(Decoder):
         cos, sin, logn = inputs.rotation()
         keys, values = memory[0], memory[1]
         for tensor in (keys, values):
-            torch._dynamo.mark_dynamic(tensor, 0, min=2)
+            torch._dynamo.mark_dynamic(tensor, 0)
         if rows > 1:
             varying = (hidden, places, cos, sin, *([] if logn is None else [logn]))
             for tensor in varying:
-                torch._dynamo.mark_dynamic(tensor, 0, min=2)
+                torch._dynamo.mark_dynamic(tensor, 0)
         project, finish, ops = parts.layer.project, parts.layer.finish, parts.layer.ops
         qkv = project(ops, layer, hidden, weights.eps)
         if rows > 1:
-            torch._dynamo.mark_dynamic(qkv, 0, min=2)
+            torch._dynamo.mark_dynamic(qkv, 0)
         query = parts.place(qkv, keys, values, places, cos, sin, logn)
         attended = query.reshape(rows, -1)
         if rows > 1:
-            torch._dynamo.mark_dynamic(attended, 0, min=2)
+            torch._dynamo.mark_dynamic(attended, 0)
         finish(ops, layer, hidden, attended, weights.eps)
 
 
@@ -295,11 +295,11 @@ def compile_step_parts(is_single: bool) -> StepParts:
 
     def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         options: dict[str, Any] = dict(_COMPILE_OPTIONS) if is_single else {}
-
-        def own(*arguments: Any) -> Tensor:  # torch keeps compiled code by function
-            return function(*arguments)
-
-        result: Callable[..., Tensor] = torch.compile(own, fullgraph=True, options=options)
+        # torch keeps few versions of a code object; each decoder has a code object of its own.
+        own = FunctionType(function.__code__.replace(), function.__globals__)
+        result: Callable[..., Tensor] = torch.compile(
+            own, fullgraph=True, dynamic=False, options=options
+        )
         return result
 
     layer = ForwardParts(TorchOps(), project=compiled(project), finish=compiled(finish))
