@@ -315,6 +315,16 @@ def test_numbers_that_are_none_end_one_reply_only(build):
     assert poisoned.is_set() and tokens(good) == alone
 
 
+def test_sequence_with_numbers_that_are_none_is_not_kept_for_reuse(build):
+    engine, decoder = build()
+    read = decoder.read
+    decoder.read = lambda ids, sequence: read(ids, sequence).fill_(float("nan"))
+    with pytest.raises(BackendFailed, match="not numbers"):
+        reply(engine, [1, 2, 3])
+    wait_until(lambda: engine.load == (0, 0))
+    assert engine._scheduler._readers.kept_bytes == 0
+
+
 class Killed(BaseException):
     """Nothing that code handles."""
 
