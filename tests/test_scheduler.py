@@ -14,7 +14,9 @@ from tiny_model import build_tiny_model
 from qwen.decoder import Decoder
 from qwen.engine import Engine
 from qwen.errors import BackendFailed, OutOfMemory, TooManyRequests
-from qwen.messages import SamplingParams
+from qwen.load_options import LoadOptions
+from qwen.local import load_backend
+from qwen.messages import ChatRequest, Message, SamplingParams
 from qwen.serving_limits import ServingLimits
 
 MODELS = {"qwen2": build_tiny_model, "qwen1": golden_v1.load_tiny}
@@ -417,3 +419,40 @@ def test_log_probabilities_are_of_the_models_own_distribution(build, temperature
             assert [i for i, _ in step.top_logprobs] == top.indices.tolist()
             assert [x for _, x in step.top_logprobs] == pytest.approx(top.values.tolist(), abs=1e-4)
             ids.append(step.token_id)
+
+
+REAL_QUESTIONS = ("Name a colour.", "What is 2 + 2?", "Write a haiku about the sea. " * 5, "Hi!")
+
+
+def answers(backend, *, at_once):
+    def ask(number, question):
+        request = ChatRequest(
+            (Message("user", question),),
+            params=SamplingParams(temperature=0.9, seed=number, max_new_tokens=12),
+        )
+        return "".join(event.text for event in backend.stream(request, threading.Event()))
+
+    with ThreadPoolExecutor(len(REAL_QUESTIONS) if at_once else 1) as pool:
+        return list(pool.map(ask, range(len(REAL_QUESTIONS)), REAL_QUESTIONS))
+
+
+@pytest.mark.integration
+def test_users_of_the_embedded_model_get_the_replies_they_get_alone(embedded_backend):
+    assert answers(embedded_backend, at_once=True) == answers(embedded_backend, at_once=False)
+
+
+@pytest.mark.integration
+def test_users_of_a_qwen_v1_with_different_alphas_get_the_replies_they_get_alone(
+    embedded_v1_folder,
+):
+    backend = load_backend(str(embedded_v1_folder), LoadOptions(device="cpu"))
+    decoder = backend._engine._scheduler._readers._decoder
+    decoder._config.use_dynamic_ntk, decoder._config.seq_length = True, 30
+    alphas = {decoder.alpha(len(build_ids(backend, question))) for question in REAL_QUESTIONS}
+    assert len(alphas) >= 2
+    assert answers(backend, at_once=True) == answers(backend, at_once=False)
+    backend.close()
+
+
+def build_ids(backend, question):
+    return backend._build_prompt(ChatRequest((Message("user", question),))).ids
