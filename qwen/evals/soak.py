@@ -87,7 +87,7 @@ def _live(user: PageUser, number: int, end: float, crowd: Crowd) -> None:
     chance = random.Random(number)
     time.sleep(chance.uniform(0, min(_THINK_SECONDS, max(end - time.monotonic(), 0))))
     while time.monotonic() < end:
-        words = chance.choice([5, 5, 20, 20, 100, 600])
+        words = chance.choice([5, 5, 20, 20, 60, 200])
         text = " ".join(str(chance.randrange(10_000)) for _ in range(words))
         leaves = chance.random() < _LEAVING
         try:
