@@ -2,6 +2,7 @@
 
 import pytest
 
+from qwen.serving_limits import ServingLimits
 from webapp.settings import Settings, parse_settings
 
 
