@@ -159,7 +159,7 @@ def _compare(
             "lower",
         ),
     ]
-    # Python's default pool takes up to so many threads, each when it is first of use, and keeps them.
+    # The default pool of Python takes so many threads, each when it is first of use, and keeps them.
     pool = min(32, (os.cpu_count() or 1) + 4)
     for name, allowed in (("threads", pool), ("files", 2)):
         rows.append(
