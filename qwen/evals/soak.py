@@ -159,7 +159,7 @@ def _compare(
             "lower",
         ),
     ]
-    # The default pool of Python takes so many threads, each when it is first of use, and keeps them.
+    # Python keeps the threads of its default pool, each from when it is first of use.
     pool = min(32, (os.cpu_count() or 1) + 4)
     for name, allowed in (("threads", pool), ("files", 2)):
         rows.append(
