@@ -5,9 +5,9 @@ Plain arithmetic on averages that forget; knows no model. Used on the loop's thr
 
 from __future__ import annotations
 
-#: Seconds that a step may take while replies are being written: half of the pause that a reader
-#: of a stream may notice (0.3 s), for a machine that just then is slower.
-STEP_SECONDS = 0.15
+#: Seconds that a step may take while replies are being written: less than half of the pause that a
+#: reader of a stream may notice (0.3 s), for a machine that just then is slower.
+STEP_SECONDS = 0.12
 
 #: Tokens of prompts that a step reads at least, however slow the machine is. A step of fewer tokens
 #: waits for the weights rather than computes, so it says nothing about what a token costs.
@@ -16,8 +16,8 @@ MIN_PROMPT_TOKENS = 16
 #: Before anything was measured: seconds of a token and of a turn.
 _FIRST_TOKEN_SECONDS, _FIRST_TURN_SECONDS = 0.006, 10.0
 
-#: Share of the newest measurement in an average.
-_NEWEST = 0.2
+#: Share of the newest measurement in an average, and where it shows that tokens take longer now.
+_NEWEST, _NEWEST_SLOWER = 0.2, 0.5
 
 
 class Pace:
@@ -30,7 +30,8 @@ class Pace:
     def note_step(self, num_tokens: int, seconds: float) -> None:
         """Take note of a step that read so many tokens."""
         if num_tokens >= MIN_PROMPT_TOKENS:
-            self._token_seconds += _NEWEST * (seconds / num_tokens - self._token_seconds)
+            change = seconds / num_tokens - self._token_seconds
+            self._token_seconds += change * (_NEWEST_SLOWER if change > 0 else _NEWEST)
 
     def note_turn(self, seconds: float) -> None:
         """Take note of a request that ran so long."""

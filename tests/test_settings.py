@@ -2,6 +2,7 @@
 
 import pytest
 
+from qwen.serving_limits import ServingLimits
 from webapp.settings import Settings, parse_settings
 
 
@@ -111,3 +112,12 @@ def test_help_names_every_setting(capsys):
     assert stopped.value.code == 0
     for name in ("--checkpoint-path", "--max-input-tokens", "--auth", "QWEN_CACHE", "modelscope:"):
         assert name in text
+
+
+def test_limits_of_serving_are_read():
+    load = parse_settings([], {}).load
+    assert (load.limits, load.strict_reproducible) == (ServingLimits(), False)
+    flags = ["--max-running", "3", "--max-waiting", "5", "--cache-mb", "700"]
+    load = parse_settings([*flags, "--strict-reproducible"], {}).load
+    assert load.limits == ServingLimits(max_running=3, max_waiting=5, cache_bytes=700_000_000)
+    assert load.strict_reproducible
