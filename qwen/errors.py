@@ -15,6 +15,7 @@ QwenError
 │   └── DiskFull
 ├── OutOfMemory               while loading or while generating
 │   └── DoesNotFit            known before anything was fetched or loaded
+├── TooManyRequests           the queue is full; says when to try again
 ├── BackendNotReady           the model is still being loaded
 ├── BackendFailed             an unexpected fault; the log has the traceback
 └── StartupError              the server cannot start as configured (port taken, bad flag)
@@ -79,6 +80,20 @@ class OutOfMemory(QwenError):
 
 class DoesNotFit(OutOfMemory):
     """A model needs more memory than is free, known before it was fetched or loaded."""
+
+
+class TooManyRequests(QwenError):
+    """As many requests wait as the server takes.
+
+    Args:
+        message: For the user.
+        retry_after: Seconds after which there may be room.
+        position: The place that the request would have had in the queue, from 1.
+    """
+
+    def __init__(self, message: str, *, retry_after: float, position: int) -> None:
+        super().__init__(message)
+        self.retry_after, self.position = retry_after, position
 
 
 class BackendNotReady(QwenError):
