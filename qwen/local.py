@@ -28,12 +28,14 @@ from qwen.messages import (
     SamplingParams,
     StreamEvent,
     Timing,
+    TokenLogprobs,
     Usage,
     checked_number,
 )
 from qwen.model_shape import read_context_length
 from qwen.prompt import Prompt, PromptBuilder
 from qwen.text_stream import stream_until_stop, stream_utf8
+from qwen.token_log import LoggedToken, TokenLog
 from qwen.tokenizer import build_chat_format, build_text_tokenizer
 from qwen.weights_cache import cache_folder
 
@@ -88,7 +90,8 @@ class LocalBackend:
 
     def stream(self, request: ChatRequest, cancel: threading.Event) -> Iterator[StreamEvent]:
         """See `ChatBackend.stream`. Waiting for other requests counts towards the first token."""
-        return self._events(request, cancel, _Reply(asked=time.monotonic()))
+        has_log = request.params.top_logprobs is not None
+        return self._events(request, cancel, _Reply(asked=time.monotonic(), has_log=has_log))
 
     def count_tokens(self, request: ChatRequest) -> ContextUsage:
         """See `ChatBackend.count_tokens`. An empty last message is counted too."""
@@ -111,10 +114,13 @@ class LocalBackend:
         prompt = self._build_prompt(request)
         yield StreamEvent(context=prompt.usage)
         steps = self._engine.submit(prompt.ids, request.params, cancel=cancel)
-        texts = stream_until_stop(stream_utf8(self._bytes(steps, reply)), request.params.stop)
+        decoded = reply.log.count(stream_utf8(self._bytes(steps, reply)))
+        texts = stream_until_stop(decoded, request.params.stop)
         try:
             for text in texts:
-                yield StreamEvent(text=text, token_ids=reply.take_new_ids())
+                yield reply.event(text)
+            if reply.has_log and reply.is_over and (rest := reply.log.rest()):
+                yield _logged_event("", rest)
         finally:
             # After a stop string, an error or a client that left, the engine is still at work.
             _close(steps)
@@ -129,10 +135,19 @@ class LocalBackend:
         for step in steps:
             if step.token_id is None:
                 reply.finish_reason = step.finish_reason or "stop"
+                reply.is_over = True
                 return
             reply.add(step.token_id)
+            if reply.has_log:
+                reply.log.add(step.token_id, self._logprobs(step))
             hidden = step.token_id in self._tokenizer.hidden_ids
             yield b"" if hidden else self._tokenizer.token_bytes(step.token_id)
+
+    def _logprobs(self, step: EngineStep) -> TokenLogprobs:
+        assert step.token_id is not None and step.logprob is not None
+        token_bytes = self._tokenizer.token_bytes
+        top = tuple((token_bytes(token_id), logprob) for token_id, logprob in step.top_logprobs)
+        return TokenLogprobs(token_bytes(step.token_id), step.logprob, top)
 
     def _build_prompt(self, request: ChatRequest, *, allow_empty: bool = False) -> Prompt:
         prompt = self._fitted_prompt(request, allow_empty=allow_empty)
@@ -170,13 +185,20 @@ class _Reply:
 
     The finish reason stands until the engine gives another: an engine that is not asked for more
     was stopped by a stop string.
+
+    Attributes:
+        has_log: Tokens come with their log-probabilities, and so with the text that shows them.
+        is_over: The engine came to its end.
     """
 
     asked: float
+    has_log: bool = False
+    is_over: bool = False
     finish_reason: FinishReason = "stop"
     num_tokens: int = 0
     first: float = 0.0
     last: float = 0.0
+    log: TokenLog = field(default_factory=TokenLog)
     _new_ids: list[int] = field(default_factory=list)
 
     def add(self, token_id: int) -> None:
@@ -184,6 +206,12 @@ class _Reply:
         self.first = self.first or self.last
         self.num_tokens += 1
         self._new_ids.append(token_id)
+
+    def event(self, text: str) -> StreamEvent:
+        """Return the event that shows a text."""
+        if self.has_log:
+            return _logged_event(text, self.log.show(text))
+        return StreamEvent(text=text, token_ids=self.take_new_ids())
 
     def take_new_ids(self) -> tuple[int, ...]:
         """Return the tokens added since the last call."""
@@ -197,6 +225,14 @@ class _Reply:
             time_to_first_token=(self.first or time.monotonic()) - self.asked,
             tokens_per_second=(self.num_tokens - 1) / seconds if seconds > 0 else 0.0,
         )
+
+
+def _logged_event(text: str, tokens: tuple[LoggedToken, ...]) -> StreamEvent:
+    return StreamEvent(
+        text=text,
+        token_ids=tuple(token.token_id for token in tokens),
+        logprobs=tuple(token.logprobs for token in tokens),
+    )
 
 
 def _close(steps: Iterator[EngineStep]) -> None:

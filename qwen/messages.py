@@ -242,7 +242,8 @@ class StreamEvent:
 
     Attributes:
         text: New text; may be empty while bytes or a possible stop string are held back.
-        token_ids: The ids behind this step, in order.
+        token_ids: The ids behind this step, in order; with log-probabilities, those whose text is
+            in this step or shows in none.
         logprobs: One for each of `token_ids`, where they were asked for.
         tool_calls: New parts of calls; their text is not in `text`.
         reasoning: New text of the model's thoughts, where a remote engine tells them apart.

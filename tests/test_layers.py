@@ -24,6 +24,7 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen.load_options": (0, ""),
     "qwen.chat_format": (0.8, ""),
     "qwen.backend": (1, ""),
+    "qwen.token_log": (1, ""),
     "qwen.prompt": (1, ""),
     "qwen.checkpoint_files": (1, ""),
     "qwen.adapters": (1.8, "peft transformers"),

@@ -33,7 +33,7 @@ class KeyValueFormatter(logging.Formatter):
 def set_up_logs(form: LogFormat, *, stream: IO[str] | None = None) -> logging.Handler:
     """Send the log of this process to standard error; returns the handler.
 
-    Our own rooms tell what happens, everybody else only what is wrong.
+    The server's rooms tell what happens, everybody else only what is wrong.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     if form == "json":
@@ -49,6 +49,5 @@ def set_up_logs(form: LogFormat, *, stream: IO[str] | None = None) -> logging.Ha
     else:
         handler.setFormatter(KeyValueFormatter())
     logging.getLogger().addHandler(handler)
-    for name in ("qwen", "webapp"):
-        logging.getLogger(name).setLevel(logging.INFO)
+    logging.getLogger("webapp").setLevel(logging.INFO)
     return handler
