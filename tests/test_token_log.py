@@ -1,7 +1,6 @@
 """Log-probabilities come with the text that they stand behind, and never tell what is held back."""
 
 import threading
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given

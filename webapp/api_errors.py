@@ -52,6 +52,8 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        if param and param not in message:
+            message = f"Invalid value for '{param}': {message}"
         super().__init__(message)
         self.answer = ErrorAnswer(status, message, kind, param, code, dict(headers or {}))
 

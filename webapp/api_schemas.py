@@ -29,9 +29,19 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-def _check_depth(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+def _check_text(value: str) -> str:
+    # JSON may escape half of a surrogate pair, which is no character and has no bytes.
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("it holds half of a surrogate pair, which is no character")
+    return value
+
+
+def _check_schema(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
     level: list[Any] = [value]
     for _ in range(MAX_SCHEMA_DEPTH):
+        for text in level:
+            if isinstance(text, str):
+                _check_text(text)
         level = [inner for outer in level for inner in _children(outer)]
         if not level:
             return value
@@ -40,13 +50,14 @@ def _check_depth(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
 
 def _children(value: Any) -> list[Any]:
     if isinstance(value, dict):
-        return list(value.values())
+        return [*value, *value.values()]
     return value if isinstance(value, list) else []
 
 
-JsonSchema = Annotated[dict[str, JsonValue], AfterValidator(_check_depth)]
+JsonSchema = Annotated[dict[str, JsonValue], AfterValidator(_check_schema)]
+Text = Annotated[str, AfterValidator(_check_text)]
 FunctionName = Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]
-Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
 def _ranged(name: str) -> Any:
@@ -61,10 +72,10 @@ class TextPart(Body):
     """A part of a message; other types than text are not supported."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
-Content = str | list[TextPart]
+Content = Text | list[TextPart]
 
 
 class NamedFunction(Body):
@@ -77,13 +88,13 @@ class FunctionCall(Body):
     """A call that the assistant made earlier."""
 
     name: FunctionName
-    arguments: str
+    arguments: Text
 
 
 class ToolCallIn(Body):
     """A call that the assistant made earlier, with its id; `index` is accepted without effect."""
 
-    id: str
+    id: Text
     type: Literal["function"] = "function"
     function: FunctionCall
     index: int | None = None
@@ -123,7 +134,7 @@ class ToolMessage(Body):
 
     role: Literal["tool"]
     content: Content
-    tool_call_id: str
+    tool_call_id: Text
     name: str | None = None
 
 
@@ -145,7 +156,7 @@ class FunctionSpec(Body):
     """A function that the model may call."""
 
     name: FunctionName
-    description: str | None = None
+    description: Text | None = None
     parameters: JsonSchema | None = None
     strict: Literal[False] | None = None
 
@@ -160,8 +171,8 @@ class ToolSpec(Body):
 class QwenParameter(Body):
     """A function's parameter in Qwen's form of 2023."""
 
-    name: str
-    description: str = ""
+    name: Text
+    description: Text = ""
     required: bool = False
     schema_: JsonSchema = Field(default_factory=dict, alias="schema")
 
@@ -170,10 +181,10 @@ class LegacyFunction(Body):
     """A function in OpenAI's older form, or in Qwen's form of 2023 (`name_for_model`)."""
 
     name: FunctionName | None = None
-    description: str | None = None
+    description: Text | None = None
     name_for_model: FunctionName | None = None
     name_for_human: str | None = None
-    description_for_model: str | None = None
+    description_for_model: Text | None = None
     parameters: JsonSchema | list[QwenParameter] | None = None
 
     @model_validator(mode="after")
@@ -245,7 +256,7 @@ class ChatCompletionRequest(RequestBody):
 class CompletionRequest(RequestBody):
     """The body of `POST /v1/completions`: raw text to continue, without a template."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)]
     logprobs: int | None = _ranged("top_logprobs")
     # Supported at the value that changes nothing.
     best_of: Literal[1] | None = None

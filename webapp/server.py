@@ -158,7 +158,9 @@ def launch_api(settings: Settings, backend: DeferredBackend, activity: Activity)
     except OSError as error:
         raise _port_taken(host, port) from error
     app = SecurityHeaders(_build_api(settings, backend, activity), frame_ancestors="'none'")
-    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, lifespan="off"
+    )
     running = RunningApi(uvicorn.Server(config), listener)
     _announce(f"The API is at http://{host}:{port}/v1")
     return running
