@@ -9,7 +9,7 @@ from dataclasses import replace
 import httpx
 from fake_backend import FakeBackend, wait_until
 
-from qwen.backend import BackendInfo, ChatBackend, DeferredBackend
+from qwen.backend import ChatBackend, DeferredBackend
 from qwen.messages import ChatRequest, StreamEvent
 from webapp.activity import Activity
 from webapp.server import RunningApi, launch_api
@@ -68,17 +68,14 @@ class ApiServer:
         found = [line for line in lines if line.split("{")[0].split(" ")[0] == name]
         return sum(float(line.rsplit(" ", 1)[1]) for line in found)
 
-    def close(self) -> None:
+    def close(self, *, keep_backend: bool = False) -> None:
         self.client.close()
-        self.backend.close()
+        if not keep_backend:
+            self.backend.close()
         self.running.close()
 
 
 ServeApi = Callable[..., ApiServer]
-
-
-def chat_info() -> BackendInfo:
-    return BackendInfo(name="Fake-0.5B", context_length=1000)
 
 
 def api_settings(port: int, **options: object) -> Settings:

@@ -68,6 +68,7 @@ OPENAPI_PATH = f"{API_PREFIX}/openapi.json"
 #: Threads beside those of waiting replies, for everything else on the same event loop.
 SPARE_THREADS = 40
 
+_WHOLE_OR_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 _ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorBody}}
 
 
@@ -151,7 +152,7 @@ def _add_error_handlers(api: FastAPI) -> None:
 
 
 def _add_completions(api: FastAPI, backend: DeferredBackend) -> None:
-    @api.post(CHAT_PATH, response_model=ChatCompletion)
+    @api.post(CHAT_PATH, response_model=ChatCompletion, responses=_WHOLE_OR_STREAM)
     async def create_chat_completion(body: ChatCompletionRequest) -> Response:
         """Answer a conversation; with `stream`, as server-sent events."""
         info = backend.info
@@ -165,7 +166,7 @@ def _add_completions(api: FastAPI, backend: DeferredBackend) -> None:
         request = build_chat_request(body, info.default_params)
         return ReplyResponse(backend, request, shape, streams=bool(body.stream))
 
-    @api.post(COMPLETIONS_PATH, response_model=TextCompletion)
+    @api.post(COMPLETIONS_PATH, response_model=TextCompletion, responses=_WHOLE_OR_STREAM)
     async def create_completion(body: CompletionRequest) -> Response:
         """Continue raw text, without a chat template; with `stream`, as server-sent events."""
         info = backend.info
