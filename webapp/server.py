@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import FrameType
@@ -28,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 #: Threads for handlers; a running reply holds one for at most a heartbeat at a time.
 HANDLER_THREADS = 100
-#: Seconds that replies get to say that they were cut, once their time is over.
-NOTICE_SECONDS = 0.5
+#: Seconds that replies which are cut get for their end, and then the network for the last words.
+CUT_SECONDS, FLUSH_SECONDS = 0.5, 0.3
 
 
 def serve(settings: Settings, backend: DeferredBackend, activity: Activity) -> int:
@@ -58,13 +59,22 @@ def serve(settings: Settings, backend: DeferredBackend, activity: Activity) -> i
     try:
         stopped.wait()
         print("Stopping …", flush=True)
-        activity.stop()
-        if not activity.wait_until_idle(settings.stop_seconds):
-            print("Cutting the replies that still run.", flush=True)
+        _let_replies_end(settings, backend, activity)
     finally:
         backend.close()
-        activity.wait_until_idle(NOTICE_SECONDS)
     return 0
+
+
+def _let_replies_end(settings: Settings, backend: DeferredBackend, activity: Activity) -> None:
+    """Give running replies their time, then cut them; begin no new ones."""
+    activity.stop()
+    if not activity.num_open:
+        return
+    if not activity.wait_until_idle(settings.stop_seconds):
+        print("Cutting the replies that still run.", flush=True)
+        backend.close()
+        activity.wait_until_idle(CUT_SECONDS)
+    time.sleep(FLUSH_SECONDS)
 
 
 def end_process(code: int) -> NoReturn:

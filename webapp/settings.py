@@ -29,7 +29,8 @@ STUDIO_HOST, STUDIO_PORT = "0.0.0.0", 7860
 DEFAULT_FRAME_ANCESTORS = "'self'"
 #: Room for the longest conversation that the page keeps, in three-byte characters.
 DEFAULT_REQUEST_MB = 16
-DEFAULT_STOP_SECONDS = 2.0
+#: With the notices that follow, an ordinary Ctrl-C takes less than three seconds.
+DEFAULT_STOP_SECONDS = 1.5
 
 DESCRIPTION = """\
 Chat with a Qwen model in the browser. Without any flag, a small real Qwen runs on this
