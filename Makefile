@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test check format screenshots bench
+.PHONY: run test check format screenshots bench bench-users soak
 
 run: $(VENV)/installed
 	$(BIN)/python app.py $(ARGS)
@@ -29,6 +29,15 @@ screenshots: $(VENV)/installed-for-tests
 # machine and half an hour: make bench ARGS="--rounds 3 --rows decode-64 prefill" is shorter.
 bench: $(VENV)/installed-for-tests
 	$(BIN)/python -m qwen.evals.bench $(ARGS)
+
+# The web app with many users beside llama.cpp's server; a quarter of an hour on a quiet machine.
+# make bench-users ARGS="--rounds 1 --rows total first" is shorter.
+bench-users: $(VENV)/installed-for-tests
+	$(BIN)/python -m qwen.evals.bench_users $(ARGS)
+
+# 32 users for half an hour: memory flat, nothing left over. ARGS="--minutes 4" is shorter.
+soak: $(VENV)/installed-for-tests
+	$(BIN)/python -m qwen.evals.soak $(ARGS)
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,8 +1,9 @@
 """The decoder's own CPU kernels: compiled once, kept in the cache, checked before use.
 
-Compiles `cpu_kernels.cpp` for this CPU with the system's C++ compiler and calls it through a plain
-C interface. All tensors are float32, contiguous and on the CPU unless a method says otherwise. A
-token's results do not depend on which tokens are computed with it, nor on the number of threads.
+Compiles `qwen/kernels/` for this CPU with the system's C++ compiler and calls it through a plain
+C interface. All tensors are float32, contiguous and on the CPU unless a method says otherwise;
+packed weights and stores of keys and values have layouts that only the kernels know. A token's
+results do not depend on which tokens are computed with it, nor on the number of threads.
 Knows no model.
 """
 
@@ -23,12 +24,12 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+SOURCES = Path(__file__).with_name("kernels")
 #: No `-ffast-math`: sums keep their order. Without `-lgomp` at the link, `GOMP_*` is found in the
 #: OpenMP library that torch has loaded, so that both share one pool of threads.
 _COMPILE = (
-    *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-std=c++17"),
-    *("-fPIC", "-fopenmp", "-c"),
+    *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing"),
+    *("-std=c++17", "-fPIC", "-fopenmp", "-c"),
 )
 #: Seconds after which a compiler is given up.
 _TIME_LIMIT = 120
@@ -38,11 +39,14 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "group_size": ([], _L),
+    "row_block": ([], _L),
+    "position_block": ([], _L),
     "pack": ([_P, _I, _L, _L, _P, _P, _I], None),
+    "unpack": ([_P, _P, _L, _L, _P], None),
     "linear": ([_P, _P, _L, _L, _P, _P, _L, _P, _I, _I], None),
-    "rms_norm": ([_P, _P, _F, _L, _L, _P], None),
+    "rms_norm": ([_P, _P, _F, _L, _L, _P, _I], None),
     "silu_mul": ([_P, _L, _L, _P, _I], None),
-    "rotate_and_store": ([_P, _L, _L, _L, _L, _L, _P, _P, _P, _P, _P, _L, _L], None),
+    "rotate_and_store": ([_P, _L, _L, _L, _L, _L, _P, _P, _P, _P, _P, _L, _L, _I], None),
     "attend": ([_P, _L, _L, _L, _L, _P, _P, _L, _L, _F, _P, _I], None),
 }
 
@@ -81,7 +85,8 @@ def _fingerprint(compiler: str) -> str:
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, timeout=_TIME_LIMIT, check=True
     ).stdout
-    parts = (SOURCE.read_text("utf-8"), " ".join(_COMPILE), version, _cpu_flags())
+    sources = [path.read_text("utf-8") for path in sorted(SOURCES.iterdir())]
+    parts = (*sources, " ".join(_COMPILE), version, _cpu_flags())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -98,7 +103,7 @@ def _compile(compiler: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         compiled, linked = Path(scratch, "kernels.o"), Path(scratch, "kernels.so")
         for command in (
-            [compiler, *_COMPILE, str(SOURCE), "-o", str(compiled)],
+            [compiler, *_COMPILE, str(SOURCES / "kernels.cpp"), "-o", str(compiled)],
             [compiler, "-shared", str(compiled), "-o", str(linked)],
         ):
             subprocess.run(command, capture_output=True, text=True, timeout=_TIME_LIMIT, check=True)
@@ -109,7 +114,12 @@ class CpuKernels:
     """The compiled kernels as functions on tensors. May be used from any thread.
 
     Args:
-        library: Compiled from `cpu_kernels.cpp`.
+        library: Compiled from `qwen/kernels/`.
+
+    Attributes:
+        group_size: Inputs that share a scale.
+        row_block: Outputs that lie together in packed weights.
+        position_block: Positions that lie together in a store of keys.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -118,32 +128,47 @@ class CpuKernels:
             function.argtypes, function.restype = arguments, result
         self._library = library
         self.group_size: int = library.group_size()
+        self.row_block: int = library.row_block()
+        self.position_block: int = library.position_block()
 
-    def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantise the weight of a linear layer.
+    def pack(self, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantise the weight of a linear layer, or of several as one with the outputs of all.
 
         Args:
-            weight: (out, in), float32, bfloat16 or float16.
+            weights: (out, in) each, float32, bfloat16 or float16.
 
         Returns:
-            Values (out, in rounded up to whole groups), int8; scales (out, groups), float32.
+            Values (blocks, groups * group_size * row_block), int8, and scales (blocks, groups *
+            row_block), bfloat16; a block is of `row_block` outputs, the last one padded.
         """
-        weight = weight.detach().contiguous()
-        rows, columns = weight.shape
-        groups = -(-columns // self.group_size)
-        packed = torch.empty(rows, groups * self.group_size, dtype=torch.int8)
-        scales = torch.empty(rows, groups)
-        self._library.pack(
-            weight.data_ptr(), _DTYPES[weight.dtype], rows, columns,
-            packed.data_ptr(), scales.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+        if any(len(weight) % self.row_block for weight in weights[:-1]):
+            weights = (torch.cat([weight.detach() for weight in weights]),)
+        columns, rows = weights[0].shape[1], sum(len(weight) for weight in weights)
+        groups, blocks = -(-columns // self.group_size), -(-rows // self.row_block)
+        packed = torch.empty(blocks, groups * self.group_size * self.row_block, dtype=torch.int8)
+        scales = torch.empty(blocks, groups * self.row_block, dtype=torch.bfloat16)
+        first = 0
+        for weight in weights:
+            weight = weight.detach().contiguous()
+            self._library.pack(
+                weight.data_ptr(), _DTYPES[weight.dtype], *weight.shape,
+                packed[first:].data_ptr(), scales[first:].data_ptr(), torch.get_num_threads(),
+            )  # fmt: skip
+            first += len(weight) // self.row_block
         return packed, scales
+
+    def unpack(self, packed: Tensor, scales: Tensor, *, shape: tuple[int, int]) -> Tensor:
+        """Return the dense weight (out, in) that packed weights stand for."""
+        weight = torch.empty(shape)
+        self._library.unpack(packed.data_ptr(), scales.data_ptr(), *shape, weight.data_ptr())
+        return weight
 
     def linear(
         self,
         x: Tensor,
         packed: Tensor,
         scales: Tensor,
+        outputs: int,
         bias: Tensor | None = None,
         *,
         out: Tensor | None = None,
@@ -154,15 +179,16 @@ class CpuKernels:
             x: (tokens, in).
             packed: From `pack`.
             scales: From `pack`.
+            outputs: Outputs without padding.
             bias: (out,).
             out: What the result is added to, in place.
         """
         tokens, columns = x.shape
         adds = out is not None
         if out is None:
-            out = torch.empty(tokens, packed.shape[0])
+            out = torch.empty(tokens, outputs)
         self._library.linear(
-            packed.data_ptr(), scales.data_ptr(), packed.shape[0], columns,
+            packed.data_ptr(), scales.data_ptr(), outputs, columns,
             None if bias is None else bias.data_ptr(),
             x.data_ptr(), tokens, out.data_ptr(), adds, torch.get_num_threads(),
         )  # fmt: skip
@@ -171,7 +197,9 @@ class CpuKernels:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Normalise rows (tokens, size) and weight them."""
         out = torch.empty_like(x)
-        self._library.rms_norm(x.data_ptr(), weight.data_ptr(), eps, *x.shape, out.data_ptr())
+        self._library.rms_norm(
+            x.data_ptr(), weight.data_ptr(), eps, *x.shape, out.data_ptr(), torch.get_num_threads()
+        )
         return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
@@ -199,7 +227,9 @@ class CpuKernels:
 
         Args:
             qkv: (tokens, (heads + 2 * kv_heads) * dim); changed.
-            keys: (kv_heads, capacity, dim); written from `start` on.
+            keys: (kv_heads, capacity, dim), bfloat16, in the kernels' own order within each
+                `position_block`; written from `start` on. The capacity is whole blocks, and dim is
+                even.
             values: As `keys`.
             start: Position of the first new token.
             cos: (tokens, rotary_dim).
@@ -212,18 +242,17 @@ class CpuKernels:
         """
         tokens, width = qkv.shape
         kv_heads, capacity, dim = keys.shape
-        assert start + tokens <= capacity
+        assert start + tokens <= capacity and capacity % self.position_block == 0
+        assert keys.dtype is torch.bfloat16 and dim % 2 == 0 and dim <= 1024
         heads = width // dim - 2 * kv_heads
         out = torch.empty(tokens, heads * dim)
-        sizes = (tokens, heads, kv_heads, dim)
+        sizes, threads = (tokens, heads, kv_heads, dim), torch.get_num_threads()
         store = (keys.data_ptr(), values.data_ptr(), capacity, start)
         self._library.rotate_and_store(
             qkv.data_ptr(), *sizes, cos.shape[-1], cos.data_ptr(), sin.data_ptr(),
-            None if logn is None else logn.data_ptr(), *store,
+            None if logn is None else logn.data_ptr(), *store, threads,
         )  # fmt: skip
-        self._library.attend(
-            qkv.data_ptr(), *sizes, *store, scale, out.data_ptr(), torch.get_num_threads()
-        )
+        self._library.attend(qkv.data_ptr(), *sizes, *store, scale, out.data_ptr(), threads)
         return out
 
     def check(self) -> None:
@@ -236,8 +265,8 @@ class CpuKernels:
         weight = torch.randn(37, 2 * self.group_size + 5, generator=generator)
         x = torch.randn(6, weight.shape[1], generator=generator)
         packed, scales = self.pack(weight)
-        product = self.linear(x, packed, scales)
-        rows = torch.cat([self.linear(row[None], packed, scales) for row in x])
+        product = self.linear(x, packed, scales, len(weight))
+        rows = torch.cat([self.linear(row[None], packed, scales, len(weight)) for row in x])
         # Measured: 0.008 of the norm of the product are lost by int8.
         wrong = (product - x @ weight.T).norm() > 0.03 * product.norm()
         if wrong or not torch.equal(product, rows):

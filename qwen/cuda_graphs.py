@@ -1,29 +1,30 @@
 """Decoding on a GPU with CUDA graphs: one launch a token instead of hundreds.
 
-A graph repeats what was recorded, on the same memory. So the running sequence lies in one store,
-into which others are copied; a token, its position and its rotation are written to fixed places
-before each launch. A graph serves all lengths up to its bucket, masked. Prompts are read without
-graphs. Source: the CUDA graphs of torch 2.11 to 2.13.
+A graph repeats what was recorded, on the same memory. So running sequences lie side by side in one
+memory, into which kept ones are copied; tokens, their positions and rotations are written to fixed
+places before each launch. A graph serves all lengths up to its bucket, masked, and either one
+sequence or a step of several. Prompts are read without graphs. Source: the CUDA graphs of torch
+2.11 to 2.13.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qwen.decoder import Decoder, DecoderSequence, ForwardParts, finish, project
-from qwen.decoder_ops import Span, TorchOps, rotate_and_store
-from qwen.kv_store import KvStore
+from qwen.decoder import Decoder, DecoderSequence, ForwardParts, Piece, finish, project
+from qwen.decoder_ops import Span, TorchOps, attend_rows, rotate_and_store, rows_mask
+from qwen.kv_slots import KvSlot, KvSlots
 
 logger = logging.getLogger(__name__)
 
-#: Positions that the one store begins with; it doubles when a sequence needs more.
+#: Positions that each slot begins with; they double when a sequence needs more.
 _FIRST_CAPACITY = 2048
 #: Positions of the smallest bucket; each further one is twice as large.
 _FIRST_BUCKET = 256
@@ -55,10 +56,10 @@ class GraphedDecoder(Decoder):
     ) -> None:
         super().__init__(model)
         self._record = record or record_cuda_graph
-        self._store: KvStore | None = None
-        self._graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
+        self._slots: KvSlots | None = None
+        self._graphs: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
         self._recorded_at = 0
-        self._inputs: _StepInputs | None = None
+        self._inputs: dict[int, _StepInputs] = {}
         self._step_parts = self._parts
         self._compiled: ForwardParts | None = None
         if compile_parts is not None:
@@ -69,63 +70,164 @@ class GraphedDecoder(Decoder):
     def start(
         self, prompt_length: int, *, capacity: int = 0, max_capacity: int | None = None
     ) -> DecoderSequence:
-        """See `Decoder.start`; the sequence that ran before is lost unless it was put aside."""
-        if self._compiled is not None:
-            self._step_parts, self._compiled = self._compiled, None
-            self._graphs.clear()
-        if self._store is None:
-            first = min(_FIRST_CAPACITY, max_capacity or _FIRST_CAPACITY)
-            self._store = self._new_store(first, max_capacity, is_blank=True)
-        self._store.truncate(0)
-        self._store.reserve(max(capacity, prompt_length + 1))
-        return DecoderSequence(self._store, *self._table(prompt_length))
+        """See `Decoder.start`; holds a slot until it is put aside or discarded."""
+        slot = self._take_slot(max(capacity, prompt_length + 1), max_capacity)
+        return DecoderSequence(slot, *self._table(prompt_length))
 
     def park(self, sequence: DecoderSequence) -> DecoderSequence:
-        """See `Decoder.park`: copies the sequence out of the one store."""
-        return DecoderSequence(sequence.store.copy(), sequence.table, sequence.alpha)
+        """See `Decoder.park`: copies the sequence out of its slot."""
+        try:
+            store = sequence.store.copy()
+        finally:
+            self.discard(sequence)
+        return DecoderSequence(store, sequence.table, sequence.alpha)
+
+    def discard(self, sequence: DecoderSequence) -> None:
+        """See `Decoder.discard`: gives the slot back."""
+        assert self._slots is not None and isinstance(sequence.store, KvSlot)
+        self._slots.release(sequence.store)
 
     def resume(self, sequence: DecoderSequence, *, length: int) -> DecoderSequence:
-        """See `Decoder.resume`: copies the sequence into the one store."""
-        assert self._store is not None
-        self._store.assign(sequence.store, length)
-        return DecoderSequence(self._store, sequence.table, sequence.alpha)
+        """See `Decoder.resume`: copies the sequence into a slot."""
+        return self.fork(sequence, length=length)
+
+    def fork(self, sequence: DecoderSequence, *, length: int) -> DecoderSequence:
+        """See `Decoder.fork`: copies the sequence into a slot."""
+        slot = self._take_slot(length + 1, None)
+        slot.assign(sequence.store, length)
+        return DecoderSequence(slot, sequence.table, sequence.alpha)
 
     def read(self, ids: Tensor, sequence: DecoderSequence) -> Tensor:
         """See `Decoder.read`; the logits of a single token are good until the next call."""
         if len(ids) > 1:
             return super().read(ids, sequence)
-        store = sequence.store
-        assert store is self._store
-        position = store.length
-        store.reserve(position + 1)
-        sequence.table.reserve(store.capacity)
-        span = sequence.table.span(position, 1, length=position + 1)
-        inputs = self._inputs = self._inputs or _StepInputs(ids, span)
-        inputs.write(ids, span)
-        replay, logits = self._graph(inputs, position)
-        replay()
-        store.length = position + 1
+        (logits,) = self.read_many([Piece(ids, sequence)])
+        assert logits is not None
         return logits
 
-    def _graph(self, inputs: _StepInputs, position: int) -> tuple[Callable[[], None], Tensor]:
-        """Return the graph for a position, recorded where there is none yet."""
-        store = self._store
-        assert store is not None
-        if store.place != self._recorded_at:
+    def read_many(self, pieces: Sequence[Piece]) -> list[Tensor | None]:
+        """See `Decoder.read_many`; prompts one by one, then all single tokens in one step."""
+        before = [piece.sequence.store.length for piece in pieces]
+        logits: dict[int, Tensor] = {}
+        try:
+            for place, piece in enumerate(pieces):
+                if len(piece.ids) > 1:
+                    logits[place] = super().read(piece.ids, piece.sequence)
+            single = {i: piece for i, piece in enumerate(pieces) if len(piece.ids) == 1}
+            if single:
+                rows = self._step(list(single.values()))
+                logits |= dict(zip(single, rows, strict=True))
+        except BaseException:
+            for piece, length in zip(pieces, before, strict=True):
+                piece.sequence.store.length = length
+            raise
+        return [logits[i] if piece.wants_logits else None for i, piece in enumerate(pieces)]
+
+    def _take_slot(self, capacity: int, max_capacity: int | None) -> KvSlot:
+        if self._compiled is not None:
+            self._step_parts, self._compiled = self._compiled, None
             self._graphs.clear()
-            self._recorded_at = store.place
+        if self._slots is None:
+            weights = self._weights
+            self._slots = KvSlots(
+                num_layers=len(weights.layers),
+                num_kv_heads=weights.num_kv_heads,
+                head_dim=weights.head_dim,
+                dtype=self._dtype,
+                device=self.device,
+                capacity=min(_FIRST_CAPACITY, max_capacity or _FIRST_CAPACITY),
+                max_capacity=max_capacity,
+            )
+        return self._slots.take(capacity)
+
+    def _step(self, pieces: Sequence[Piece]) -> list[Tensor]:
+        """Read one token of each sequence by a graph; returns their logits, in order."""
+        slots = self._slots
+        assert slots is not None
+        for slot in slots.used:  # also where nothing is read, see `_rows`
+            slot.reserve(slot.length + 1)
+        for piece in pieces:
+            piece.sequence.table.reserve(slots.capacity)
+        own = [_index(piece) for piece in pieces]
+        rows = 1
+        # Every slot before the last one that is read has a row, even if it has nothing to read.
+        while rows <= max(own):
+            rows *= 2
+        slots.grow(rows, capacity=0)
+        spans, ids = self._rows(pieces, rows)
+        inputs = self._inputs.get(rows)
+        if inputs is None:
+            inputs = self._inputs[rows] = _StepInputs(ids, spans)
+        inputs.write(ids, spans)
+        furthest = max(piece.sequence.store.length for piece in pieces)
+        replay, logits = self._graph(inputs, rows, furthest)
+        replay()
+        for piece in pieces:
+            piece.sequence.store.length += 1
+        return [logits[index] for index in own]
+
+    def _rows(self, pieces: Sequence[Piece], rows: int) -> tuple[Span, Tensor]:
+        """Gather where each row's token stands, and the tokens.
+
+        A row without a token writes to the next free position of its slot, where it does no harm.
+        """
+        assert self._slots is not None
+        used = self._slots.used
+        places = [used[i].length if i < len(used) else 0 for i in range(rows)]
+        by_row = {_index(piece): piece for piece in pieces}
+        any_piece = pieces[0]
+        ids, cos, sin, logn = [], [], [], []
+        for row in range(rows):
+            piece = by_row.get(row, any_piece)
+            table, place = piece.sequence.table, piece.sequence.store.length
+            ids.append(piece.ids)
+            cos.append(table.cos[place])
+            sin.append(table.sin[place])
+            if table.logn is not None:
+                logn.append(table.logn[place])
+        span = Span(
+            start=0,
+            length=0,
+            positions=torch.tensor(places, device=self.device),
+            cos=torch.stack(cos),
+            sin=torch.stack(sin),
+            logn=torch.stack(logn) if logn else None,
+        )
+        return span, torch.cat(ids)
+
+    def _graph(
+        self, inputs: _StepInputs, rows: int, position: int
+    ) -> tuple[Callable[[], None], Tensor]:
+        """Return the graph for so many rows up to a position, recorded where there is none yet.
+
+        Its result is (rows, vocab_size).
+        """
+        slots = self._slots
+        assert slots is not None
+        if slots.place != self._recorded_at:
+            self._graphs.clear()
+            self._recorded_at = slots.place
         bucket = _FIRST_BUCKET
         while bucket <= position:
             bucket *= 2
-        bucket = min(bucket, store.capacity)
-        if bucket not in self._graphs:
+        bucket = min(bucket, slots.capacity)
+        if (rows, bucket) not in self._graphs:
             span = inputs.span(bucket)
-            self._graphs[bucket] = self._record(
-                lambda: self.logits(self.forward(inputs.ids, span, store, parts=self._step_parts))[
-                    0
-                ]
-            )
-        return self._graphs[bucket]
+            work = self._one_row if rows == 1 else self._many_rows
+            self._graphs[rows, bucket] = self._record(lambda: work(slots, inputs.ids, span))
+        return self._graphs[rows, bucket]
+
+    def _one_row(self, slots: KvSlots, ids: Tensor, span: Span) -> Tensor:
+        store = KvSlot(slots, 0)
+        return self.logits(self.forward(ids, span, store, parts=self._step_parts))
+
+    def _many_rows(self, slots: KvSlots, ids: Tensor, span: Span) -> Tensor:
+        mask, scale, rows = rows_mask(span), self._weights.scale, len(ids)
+
+        def attend(index: int, qkv: Tensor) -> Tensor:
+            return attend_rows(qkv, *slots.layer(index, rows), span, mask, scale=scale)
+
+        return self.logits(self._layers(ids, attend, self._parts))
 
     def _compile(self, compile_parts: Callable[[], ForwardParts]) -> None:
         """Compile on this thread, by running the parts on memory of their own."""
@@ -192,6 +294,12 @@ class _StepInputs:
             sin=self._sin,
             logn=self._logn,
         )
+
+
+def _index(piece: Piece) -> int:
+    store = piece.sequence.store
+    assert isinstance(store, KvSlot)
+    return store.index
 
 
 def record_cuda_graph(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

@@ -8,7 +8,7 @@ classes, by test. Knows neither sampling nor requests. Its weights are those of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,20 @@ class DecoderSequence:
         self.store, self.table, self.alpha = store, table, alpha
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The next tokens of one sequence in a call that reads several.
+
+    Attributes:
+        ids: (tokens,), int64, on the decoder's device.
+        wants_logits: Whether those after the last token are asked for.
+    """
+
+    ids: Tensor
+    sequence: DecoderSequence
+    wants_logits: bool = True
+
+
 def project(ops: DecoderOps, layer: LayerWeights, hidden: Tensor, eps: float) -> Tensor:
     """Compute what comes before a layer's attention: queries, keys and values."""
     return layer.qkv(ops.rms_norm(hidden, layer.input_norm, eps))
@@ -109,6 +123,7 @@ class Decoder:
         self._weights = collect_weights(model, kernels=kernels)
         self._parts = ForwardParts(TorchOps() if kernels is None else CpuOps(kernels))
         self._dtype = torch.float32 if kernels else model.dtype
+        self._store_dtype = torch.bfloat16 if kernels else model.dtype
         self._config = model.config
         self.device: torch.device = self._weights.embedding.device
         #: Whether a token's numbers are the same, bit for bit, with whatever others it is read.
@@ -131,13 +146,28 @@ class Decoder:
         return sizes
 
     def park(self, sequence: DecoderSequence) -> DecoderSequence:
-        """Put a sequence aside for a later `resume`; nothing else may be done with it."""
+        """Put a sequence aside for a later `resume` or `fork`, and nothing else."""
         return sequence
+
+    def discard(self, sequence: DecoderSequence) -> None:
+        """Let go of a sequence that nobody will go on with."""
 
     def resume(self, sequence: DecoderSequence, *, length: int) -> DecoderSequence:
         """Go on with the first `length` tokens of a sequence that was put aside."""
         sequence.store.truncate(length)
         return sequence
+
+    def fork(self, sequence: DecoderSequence, *, length: int) -> DecoderSequence:
+        """Go on with a copy of the first `length` tokens of a sequence that stays put aside."""
+        store = sequence.store.copy(length)
+        return DecoderSequence(store, sequence.table, sequence.alpha)
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes that the keys and values of one position take."""
+        weights = self._weights
+        heads = 2 * len(weights.layers) * weights.num_kv_heads
+        return heads * weights.head_dim * self._store_dtype.itemsize
 
     def alpha(self, prompt_length: int) -> float:
         """Return the alpha of dynamic NTK for a prompt of so many tokens."""
@@ -171,15 +201,36 @@ class Decoder:
         """
         return self.logits(self.advance(ids, sequence)[-1:])[0]
 
+    def read_many(self, pieces: Sequence[Piece]) -> list[Tensor | None]:
+        """Read the next tokens of several sequences in one pass over the weights.
+
+        Args:
+            pieces: Of sequences that all differ; changed as by `read`, all or, on an error, none.
+
+        Returns:
+            For each its logits, (vocab_size,), or None where it wants none.
+        """
+        spans = [_place(len(piece.ids), piece.sequence) for piece in pieces]
+        stores = [piece.sequence.store for piece in pieces]
+        hidden = self._forward_many(torch.cat([piece.ids for piece in pieces]), spans, stores)
+        ends = [-1]
+        for piece in pieces:
+            ends.append(ends[-1] + len(piece.ids))
+        wanted = [i for i, piece in enumerate(pieces) if piece.wants_logits]
+        logits: list[Tensor | None] = [None] * len(pieces)
+        if wanted:
+            rows = self.logits(hidden[[ends[i + 1] for i in wanted]])
+            for row, i in zip(rows, wanted, strict=True):
+                logits[i] = row
+        for store, span in zip(stores, spans, strict=True):
+            store.length = span.length
+        return logits
+
     def advance(self, ids: Tensor, sequence: DecoderSequence) -> Tensor:
         """Read as `read`; return the hidden states (tokens, hidden_size) that `logits` takes."""
-        store, tokens = sequence.store, len(ids)
-        stop = store.length + tokens
-        store.reserve(stop)
-        sequence.table.reserve(store.capacity)
-        span = sequence.table.span(store.length, tokens, length=stop)
-        hidden = self.forward(ids, span, store)
-        store.length = stop
+        span = _place(len(ids), sequence)
+        hidden = self.forward(ids, span, sequence.store)
+        sequence.store.length = span.length
         return hidden
 
     def forward(
@@ -196,13 +247,41 @@ class Decoder:
         Returns:
             (tokens, hidden_size), before the last norm.
         """
-        weights, parts, eps = self._weights, parts or self._parts, self._weights.eps
+        ops, scale = (parts or self._parts).ops, self._weights.scale
+        mask = ops.build_mask(span)
+
+        def attend(index: int, qkv: Tensor) -> Tensor:
+            return ops.attend(qkv, *store.layer(index), span, mask, scale=scale)
+
+        return self._layers(ids, attend, parts or self._parts)
+
+    def _forward_many(
+        self, ids: Tensor, spans: Sequence[Span], stores: Sequence[KvStore]
+    ) -> Tensor:
+        """Compute as `forward` for the rows of several sequences, which attend each by itself."""
+        ops, scale = self._parts.ops, self._weights.scale
+        masks = [ops.build_mask(span) for span in spans]
+        sizes = [len(span.positions) for span in spans]
+
+        def attend(index: int, qkv: Tensor) -> Tensor:
+            rows = zip(torch.split(qkv, sizes), stores, spans, masks, strict=True)
+            return torch.cat(
+                [
+                    ops.attend(own, *store.layer(index), span, mask, scale=scale)
+                    for own, store, span, mask in rows
+                ]
+            )
+
+        return self._layers(ids, attend, self._parts)
+
+    def _layers(
+        self, ids: Tensor, attend: Callable[[int, Tensor], Tensor], parts: ForwardParts
+    ) -> Tensor:
+        """Run all layers; `attend` takes a layer's index and its queries, keys and values."""
+        weights, eps = self._weights, self._weights.eps
         hidden = weights.embedding[ids].to(self._dtype)
-        mask = parts.ops.build_mask(span)
         for index, layer in enumerate(weights.layers):
-            keys, values = store.layer(index)
-            qkv = parts.project(parts.ops, layer, hidden, eps)
-            attended = parts.ops.attend(qkv, keys, values, span, mask, scale=weights.scale)
+            attended = attend(index, parts.project(parts.ops, layer, hidden, eps))
             hidden = parts.finish(parts.ops, layer, hidden, attended, eps)
         return hidden
 
@@ -219,7 +298,7 @@ class Decoder:
             num_layers=len(weights.layers),
             num_kv_heads=weights.num_kv_heads,
             head_dim=weights.head_dim,
-            dtype=self._dtype,
+            dtype=self._store_dtype,
             device=self.device,
             capacity=capacity,
             max_capacity=max_capacity,
@@ -239,6 +318,15 @@ class Decoder:
         )[0]
         logn_length = config.seq_length if config.use_logn_attn else None
         return RotaryTable(inv_freq, scale=1.0, logn_length=logn_length), alpha
+
+
+def _place(tokens: int, sequence: DecoderSequence) -> Span:
+    """Make room for the next tokens of a sequence; return where they stand."""
+    store = sequence.store
+    stop = store.length + tokens
+    store.reserve(stop)
+    sequence.table.reserve(store.capacity)
+    return sequence.table.span(store.length, tokens, length=stop)
 
 
 def _name(tensor: Tensor) -> str:

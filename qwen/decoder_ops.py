@@ -116,6 +116,55 @@ def rotate_and_store(
     return query.to(values.dtype).reshape(kv_heads, -1, dim)
 
 
+def attend_rows(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    span: Span,
+    mask: Tensor,
+    *,
+    scale: float,
+) -> Tensor:
+    """Attend as `DecoderOps.attend` for one token of each of several sequences.
+
+    Args:
+        qkv: (rows, (heads + 2 * kv_heads) * dim).
+        keys: (rows, kv_heads, capacity, dim); changed. Likewise `values`.
+        values: See `keys`.
+        span: The rows' places; its `start` is not looked at.
+        mask: From `rows_mask`.
+        scale: Factor of the scores.
+
+    Returns:
+        (rows, heads * dim).
+    """
+    rows, kv_heads, _, dim = keys.shape
+    heads = qkv.shape[1] // dim - 2 * kv_heads
+    query, key, value = torch.split(qkv.view(rows, -1, dim), [heads, kv_heads, kv_heads], dim=1)
+    cos, sin = span.cos[:, None], span.sin[:, None]
+    query = apply_rotary(query[:, :, None], cos, sin)
+    key = apply_rotary(key[:, :, None], cos, sin)[:, :, 0]
+    if span.logn is not None:
+        query = query * span.logn[:, None, None, None]
+    places = torch.arange(rows, device=qkv.device)
+    keys[places, :, span.positions] = key.to(keys.dtype)
+    values[places, :, span.positions] = value.to(values.dtype)
+    mixed = scaled_dot_product_attention(
+        query.to(values.dtype).reshape(rows, kv_heads, -1, dim),
+        keys[:, :, : span.length],
+        values[:, :, : span.length],
+        attn_mask=mask,
+        scale=scale,
+    )
+    return mixed.reshape(rows, -1)
+
+
+def rows_mask(span: Span) -> Tensor:
+    """Build the mask of `attend_rows`: (rows, 1, 1, length), which slots a row sees."""
+    slots = torch.arange(span.length, device=span.positions.device)
+    return (slots <= span.positions[:, None])[:, None, None]
+
+
 class TorchOps:
     """The operations by torch, in the dtype of what they are given.
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from qwen.cpu_kernels import CpuKernels
-from qwen.int8_linear import Int8Linear, stack
+from qwen.int8_linear import Int8Linear, Int8Rows
+from qwen.mapped_memory import drop_pages
 from qwen.quantized import Int4Linear
 
 LinearMap = Callable[..., Tensor]
@@ -190,21 +191,30 @@ def _joined(part: dict[str, list[_Place]], name: str, kernels: CpuKernels | None
         if kernels is not None:
             return _join_int8(places, layers, kernels)
         return layers[0] if len(layers) == 1 else _join_dense(layers)
-    if all(isinstance(layer, Int8Linear) for layer in layers):
-        return layers[0] if len(layers) == 1 else stack(layers)
-    if not all(isinstance(layer, nn.Linear | Int4Linear | Int8Linear) for layer in layers):
+    if not all(
+        isinstance(layer, nn.Linear | Int4Linear | Int8Linear | Int8Rows) for layer in layers
+    ):
         raise DecoderUnsupported(f"its {name} is a {type(layers[0]).__name__}")
     return layers[0] if len(layers) == 1 else SideBySide(layers)
 
 
 def _join_int8(places: list[_Place], layers: list[nn.Linear], kernels: CpuKernels) -> Int8Linear:
-    quantized = [Int8Linear.from_linear(layer, kernels=kernels) for layer in layers]
-    joined = quantized[0] if len(quantized) == 1 else stack(quantized)
+    joined = Int8Linear.from_linears(layers, kernels=kernels)
     start = 0
     for (parent, child), layer in zip(places, layers, strict=True):
-        setattr(parent, child, joined.rows(start, start + layer.out_features))
+        is_whole = len(layers) == 1
+        view = joined if is_whole else joined.rows(start, start + layer.out_features)
+        setattr(parent, child, view)
+        if not _is_embedding(parent, layer.weight):
+            drop_pages(layer.weight)
         start += layer.out_features
     return joined
+
+
+def _is_embedding(parent: nn.Module, weight: Tensor) -> bool:
+    """Tell whether an output matrix is also the embedding of the model that holds it."""
+    get: Any = getattr(parent, "get_input_embeddings", None)
+    return get is not None and get().weight.data_ptr() == weight.data_ptr()
 
 
 def _join_dense(layers: list[nn.Linear]) -> nn.Linear:

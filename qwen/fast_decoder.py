@@ -12,14 +12,20 @@ from typing import Any
 from qwen.cpu_kernels import KernelsUnavailable, load_kernels
 from qwen.decoder import Decoder
 from qwen.decoder_weights import DecoderUnsupported, check_model
+from qwen.weights_cache import cache_folder
 
 logger = logging.getLogger(__name__)
 
 
-def can_pack(kernels_folder: Path) -> bool:
+def kernels_folder() -> Path:
+    """Return where compiled CPU kernels are kept."""
+    return cache_folder() / "kernels"
+
+
+def can_pack(folder: Path) -> bool:
     """Tell whether `build_decoder` can pack weights into int8 on this machine's CPU."""
     try:
-        load_kernels(kernels_folder)
+        load_kernels(folder)
     except KernelsUnavailable:
         return False
     return True

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qwen.serving_limits import DEFAULT_LIMITS, ServingLimits
+
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 KV_CACHES = ("auto", "int8")
 NTK_POLICIES = ("published", "grow")
@@ -29,6 +31,8 @@ class LoadOptions:
         kv_cache: How keys and values of a conversation are kept; "auto" is as the model computes.
         ntk_policy: What a Qwen v1 model does when a reply outgrows its rotary base.
         skip_preflight: Load a model even if it does not seem to fit into memory.
+        limits: How much is served at once.
+        strict_reproducible: Give the same reply alone or beside others on any device; slower.
     """
 
     device: Literal["auto", "cpu"] = "auto"
@@ -39,6 +43,8 @@ class LoadOptions:
     kv_cache: Literal["auto", "int8"] = "auto"
     ntk_policy: Literal["published", "grow"] = "published"
     skip_preflight: bool = False
+    limits: ServingLimits = DEFAULT_LIMITS
+    strict_reproducible: bool = False
 
 
 DEFAULT_OPTIONS = LoadOptions()
@@ -96,7 +102,38 @@ def add_load_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
         action="store_true",
         help="load the model even if it does not seem to fit into memory, with its whole context",
     )
+    _add_serving_arguments(parser)
     return model
+
+
+def _add_serving_arguments(parser: argparse.ArgumentParser) -> None:
+    serving = parser.add_argument_group("many users")
+    serving.add_argument(
+        "--max-running",
+        type=positive_int,
+        metavar="N",
+        help="replies that are written at the same time (default: 8 on a CPU, 32 on a GPU)",
+    )
+    serving.add_argument(
+        "--max-waiting",
+        type=positive_int,
+        metavar="N",
+        default=DEFAULT_LIMITS.max_waiting,
+        help="requests that may wait behind them; more are refused (default: %(default)s)",
+    )
+    serving.add_argument(
+        "--cache-mb",
+        type=positive_int,
+        metavar="MB",
+        help="memory for keys and values of all conversations together (default: enough for one "
+        "whole context and 512 MB more; on a GPU at least half of what is free)",
+    )
+    serving.add_argument(
+        "--strict-reproducible",
+        action="store_true",
+        help="same seed, same reply, alone or beside others, also where that is slower: on a GPU "
+        "and with weights that are not int8",
+    )
 
 
 def read_checkpoint(given: argparse.Namespace, environ: Mapping[str, str]) -> str:
@@ -121,6 +158,12 @@ def read_load_options(parser: argparse.ArgumentParser, given: argparse.Namespace
         kv_cache=given.kv_cache,
         ntk_policy=given.ntk_policy,
         skip_preflight=given.skip_preflight,
+        limits=ServingLimits(
+            max_running=given.max_running,
+            max_waiting=given.max_waiting,
+            cache_bytes=None if given.cache_mb is None else given.cache_mb * 10**6,
+        ),
+        strict_reproducible=given.strict_reproducible,
     )
 
 

@@ -6,6 +6,7 @@ and does not touch tensors.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ from qwen.checkpoint import parse_checkpoint
 from qwen.devices import describe_devices
 from qwen.engine import Engine, EngineStep
 from qwen.errors import InvalidRequest, InvalidSetting
-from qwen.fast_decoder import build_decoder, can_pack
+from qwen.fast_decoder import build_decoder, can_pack, kernels_folder
 from qwen.load_options import DEFAULT_OPTIONS, LoadOptions
 from qwen.messages import (
     ChatRequest,
@@ -37,7 +38,6 @@ from qwen.prompt import Prompt, PromptBuilder
 from qwen.text_stream import stream_until_stop, stream_utf8
 from qwen.token_log import LoggedToken, TokenLog
 from qwen.tokenizer import build_chat_format, build_text_tokenizer
-from qwen.weights_cache import cache_folder
 
 if TYPE_CHECKING:
     from qwen.decoder import Decoder
@@ -112,18 +112,23 @@ class LocalBackend:
         self, request: ChatRequest, cancel: threading.Event, reply: _Reply
     ) -> Iterator[StreamEvent]:
         prompt = self._build_prompt(request)
-        yield StreamEvent(context=prompt.usage)
         steps = self._engine.submit(prompt.ids, request.params, cancel=cancel)
-        decoded = reply.log.count(stream_utf8(self._bytes(steps, reply)))
-        texts = stream_until_stop(decoded, request.params.stop)
         try:
+            yield StreamEvent(context=prompt.usage)
+            for step in steps:
+                if step.queued is None:
+                    break
+                yield StreamEvent(queued=step.queued)
+            begun = itertools.chain([step], steps)
+            decoded = reply.log.count(stream_utf8(self._bytes(begun, reply)))
+            texts = stream_until_stop(decoded, request.params.stop)
             for text in texts:
                 yield reply.event(text)
             if reply.has_log and reply.is_over and (rest := reply.log.rest()):
                 yield _logged_event("", rest)
         finally:
             # After a stop string, an error or a client that left, the engine is still at work.
-            _close(steps)
+            steps.close()
         yield StreamEvent(
             finish_reason=reply.finish_reason,
             usage=Usage(len(prompt.ids), reply.num_tokens),
@@ -235,12 +240,6 @@ def _logged_event(text: str, tokens: tuple[LoggedToken, ...]) -> StreamEvent:
     )
 
 
-def _close(steps: Iterator[EngineStep]) -> None:
-    close = getattr(steps, "close", None)
-    if close is not None:
-        close()
-
-
 def load_backend(
     checkpoint: str,
     options: LoadOptions = DEFAULT_OPTIONS,
@@ -264,8 +263,8 @@ def load_backend(
     from qwen.preflight import Wish, check_start
 
     parse_checkpoint(checkpoint)  # a misspelt name fails before seconds of imports
-    kernels_folder = cache_folder() / "kernels"
-    packs = options.dtype == "auto" and not runs_on_gpu(options.device) and can_pack(kernels_folder)
+    folder = kernels_folder()
+    packs = options.dtype == "auto" and not runs_on_gpu(options.device) and can_pack(folder)
     # Weights that will be packed are read in the smallest form that loses nothing they have.
     dtype = "bfloat16" if packs else options.dtype
     wish = Wish(
@@ -274,6 +273,7 @@ def load_backend(
         kv_cache=options.kv_cache,
         num_gpus=options.num_gpus,
         can_offload=options.offload_folder is not None,
+        packs=packs,
     )
     checked = check_start(checkpoint, wish, enforce=not options.skip_preflight, report=report)
     loaded = load_model(
@@ -292,7 +292,7 @@ def load_backend(
         notices=(*loaded.notices, *checked.notices),
         context_limit=checked.context_limit,
         memory=checked.memory,
-        kernels_folder=kernels_folder if packs else None,
+        kernels_folder=folder if packs else None,
     )
     report("Warming up")
     backend.warm_up()
@@ -351,6 +351,8 @@ def build_backend(
         kv_cache=options.kv_cache,
         ntk_policy=options.ntk_policy,
         decoder=decoder,
+        limits=options.limits,
+        is_strict=options.strict_reproducible,
     )
     return LocalBackend(
         engine,

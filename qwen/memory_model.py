@@ -34,6 +34,11 @@ _MAPPED_AT_ONCE = 65_536
 #: Copies of one row of logits in float32 while a token is chosen: scores, probabilities, their sum,
 #: sorted values with ids of 8 bytes.
 _SAMPLING_COPIES = 6
+#: Inputs that share a scale of two bytes where weights are packed into int8 (`qwen/kernels`).
+_PACKED_GROUP = 32
+#: The models that `qwen.decoder` runs.
+_PACKED_TYPES = ("qwen", "qwen2")
+
 #: Copies of a chunk's states: residual, norm in float32 (twice), queries, output.
 _STATE_COPIES = 8
 
@@ -141,6 +146,7 @@ def estimate_memory(
     dtype: Dtype,
     chunk: int,
     kv_cache: KvCache = "auto",
+    packs: bool = False,
     on_gpu: bool = False,
     program: int = PROGRAM_BYTES,
     further: tuple[MemoryItem, ...] = (),
@@ -153,18 +159,23 @@ def estimate_memory(
         dtype: Of weights and computation.
         chunk: Tokens of a prompt that are read at once.
         kv_cache: "int8" keeps keys and values so; "auto" as the model computes.
+        packs: Weights of this dtype are read and packed into int8, as on a CPU by default.
         on_gpu: Then the program's own memory is another one and is not counted.
         program: Bytes of the program without a model.
         further: Rows for whatever else the way of computing keeps.
     """
     width = DTYPE_BYTES[dtype]
     in_int8 = kv_cache == "int8" or shape.caches_int8
-    rows = [
-        *_weights(shape, width, context, mapped=not on_gpu and shape.stored_dtype == dtype),
-        *_cache(shape, width, context, in_int8=in_int8),
-        *_activations(shape, width, context, min(chunk, context)),
-        *further,
-    ]
+    mapped = not on_gpu and shape.stored_dtype == dtype
+    chunk = min(chunk, context)
+    packs = packs and not shape.bits and shape.model_type in _PACKED_TYPES
+    weigh = _packed_weights if packs else _weights
+    weights = weigh(shape, width, context, mapped=mapped)
+    if packs and not in_int8:
+        working = _packed_activations(shape, context, chunk)
+    else:
+        working = _activations(shape, width, context, chunk)
+    rows = [*weights, *_cache(shape, width, context, in_int8=in_int8), *working, *further]
     if on_gpu:
         rows.append(MemoryItem("CUDA libraries", _CUDA_BYTES, "program"))
     else:
@@ -202,6 +213,44 @@ def _weights(shape: ModelShape, width: int, context: int, *, mapped: bool) -> li
     rows.append(MemoryItem("weights: embedding, as far as it is read", read, "weights"))
     rows.append(MemoryItem("file of projections that were joined", shape.joined * width, "file"))
     return rows
+
+
+def _packed_weights(
+    shape: ModelShape, width: int, context: int, *, mapped: bool
+) -> list[MemoryItem]:
+    """Weights in int8; dense ones pass through, layer by layer where they are mapped."""
+    matrices = shape.linear + (shape.head or shape.embedding)
+    packed = matrices + matrices // _PACKED_GROUP * 2 + shape.other * 4
+    dense = 0 if mapped else (shape.linear + shape.head + shape.other) * width
+    embedding = shape.embedding * width
+    if mapped and shape.head:
+        embedding = min(embedding, context * (shape.hidden_size * width + _MAPPED_AT_ONCE))
+    return [
+        MemoryItem("weights: packed into int8", packed, "weights"),
+        MemoryItem("weights: embedding, as far as it is read", embedding, "weights"),
+        MemoryItem("weights: dense ones while they are packed", dense, "weights", "loading"),
+        # Its pages are given back once it is packed, and it is the largest.
+        MemoryItem("file of the output matrix", shape.head * width, "file", "loading"),
+    ]
+
+
+def _packed_activations(shape: ModelShape, context: int, chunk: int) -> list[MemoryItem]:
+    states = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 2
+    qkv = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    row = 3 * shape.intermediate_size + qkv + _STATE_COPIES * shape.hidden_size
+    return [
+        # A longer sequence takes twice the room and is copied there.
+        MemoryItem("cache while it grows", states * context // 2, "activations", "running"),
+        MemoryItem(
+            f"activations: {chunk} tokens of the prompt", chunk * row * 4, "activations", "running"
+        ),
+        MemoryItem(
+            "activations: choosing a token",
+            shape.vocab_size * 4 * (1 + _SAMPLING_COPIES),
+            "activations",
+            "running",
+        ),
+    ]
 
 
 def _cache(shape: ModelShape, width: int, context: int, *, in_int8: bool) -> list[MemoryItem]:

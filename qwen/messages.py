@@ -209,6 +209,19 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
+class QueuePlace:
+    """Where a request stands that waits for its turn.
+
+    Attributes:
+        position: From 1, the next one to begin; 0 once it has begun.
+        seconds: Estimated time until it begins.
+    """
+
+    position: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     """A token's bytes and natural log-probability, and those of the likeliest tokens in its place.
 
@@ -247,6 +260,7 @@ class StreamEvent:
         logprobs: One for each of `token_ids`, where they were asked for.
         tool_calls: New parts of calls; their text is not in `text`.
         reasoning: New text of the model's thoughts, where a remote engine tells them apart.
+        queued: The request waits for its turn, here; such events come before any text.
     """
 
     text: str = ""
@@ -254,6 +268,7 @@ class StreamEvent:
     logprobs: tuple[TokenLogprobs, ...] = ()
     tool_calls: tuple[ToolCallDelta, ...] = ()
     reasoning: str = ""
+    queued: QueuePlace | None = None
     context: ContextUsage | None = None
     finish_reason: FinishReason | None = None
     usage: Usage | None = None

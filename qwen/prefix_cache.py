@@ -1,7 +1,7 @@
 """Finished sequences kept for the next prompt that begins with the same tokens.
 
-Least recently used, bounded by bytes. A sequence is taken out while it is used, so nobody shares
-one. Knows no model: what is kept is opaque. Every method may be called from any thread.
+Least recently used, bounded by bytes. Knows no model: what is kept is opaque. Every method may be
+called from any thread.
 """
 
 from __future__ import annotations
@@ -31,6 +31,21 @@ class KeptSequence(Generic[T]):
     state: T
 
 
+@dataclass(frozen=True, slots=True)
+class FoundPrefix(Generic[T]):
+    """A kept sequence that begins like a prompt.
+
+    Attributes:
+        num_common: Leading tokens that both share.
+        is_taken: It is the caller's now; else it stays kept and may only be copied from, before
+            anything else is asked of the cache.
+    """
+
+    kept: KeptSequence[T]
+    num_common: int
+    is_taken: bool
+
+
 class PrefixCache(Generic[T]):
     """Keeps sequences up to a number of bytes.
 
@@ -49,8 +64,11 @@ class PrefixCache(Generic[T]):
         with self._lock:
             return self._held()
 
-    def take(self, ids: Sequence[int], *, key: object) -> KeptSequence[T] | None:
-        """Take out the sequence that shares the most leading tokens with a prompt.
+    def take(self, ids: Sequence[int], *, key: object) -> FoundPrefix[T] | None:
+        """Find the sequence that shares the most leading tokens with a prompt.
+
+        It is taken out, so that nobody shares it, unless the prompt has less than half of it: a
+        stranger who has the same system prompt must not cost somebody their conversation.
 
         Args:
             ids: The prompt.
@@ -65,9 +83,12 @@ class PrefixCache(Generic[T]):
                 count = common_prefix(kept.ids, ids) if kept.key == key else 0
                 if count >= max(most, 1):  # of equals the last, the most recent one
                     best, most = kept, count
-            if best is not None:
+            if best is None:
+                return None
+            is_taken = 2 * most >= len(best.ids)
+            if is_taken:
                 self._kept = [kept for kept in self._kept if kept is not best]
-            return best
+            return FoundPrefix(best, most, is_taken)
 
     def put(self, kept: KeptSequence[T]) -> None:
         """Keep a sequence and let go of the least recently used ones beyond the bound.
@@ -83,13 +104,21 @@ class PrefixCache(Generic[T]):
                 if other.key != kept.key or other.ids != kept.ids[: len(other.ids)]
             ]
             self._kept.append(kept)
-            while self._held() > self._max_bytes:
-                del self._kept[0]
+            self._shrink(self._max_bytes)
+
+    def shrink(self, max_bytes: int) -> None:
+        """Let go of the least recently used sequences beyond so many bytes."""
+        with self._lock:
+            self._shrink(max_bytes)
 
     def clear(self) -> None:
         """Let go of everything."""
         with self._lock:
             self._kept = []
+
+    def _shrink(self, max_bytes: int) -> None:
+        while self._kept and self._held() > max_bytes:
+            del self._kept[0]
 
     def _held(self) -> int:
         return sum(kept.nbytes for kept in self._kept)

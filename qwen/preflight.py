@@ -16,15 +16,16 @@ from typing import Any, Literal
 
 from qwen.backend import MemoryUse, ReportProgress, ignore_progress
 from qwen.checkpoint_shape import size_checkpoint
-from qwen.engine import PREFILL_CHUNK
 from qwen.errors import DoesNotFit, HubUnreachable, QwenError
+from qwen.fast_decoder import can_pack, kernels_folder
 from qwen.free_memory import FreeMemory, read_free_memory
 from qwen.load_options import DTYPES, KV_CACHES, positive_int
-from qwen.loading import choose_dtype, cpu_has_bfloat16
+from qwen.loading import choose_dtype, cpu_has_bfloat16, runs_on_gpu
 from qwen.memory_model import MemoryItem
 from qwen.placement import check_num_gpus
 from qwen.preflight_decision import Plan, Preflight, decide
 from qwen.preflight_text import advise, context_notice, refusal, render_table, summarize
+from qwen.sequence import PREFILL_CHUNK
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +41,18 @@ checked (no hub answered)"""
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """How a user wants to run a checkpoint; the words are those of `load_backend`."""
+    """How a user wants to run a checkpoint; the words are those of `LoadOptions`.
+
+    Attributes:
+        packs: Whether weights are packed into int8, as on a CPU where no dtype is asked for.
+    """
 
     device: Literal["auto", "cpu"] = "auto"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     kv_cache: Literal["auto", "int8"] = "auto"
     num_gpus: int | None = None
     can_offload: bool = False
+    packs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +107,7 @@ def check_memory(
         dtype=dtype,
         chunk=PREFILL_CHUNK,
         kv_cache=wish.kv_cache,
+        packs=wish.packs and not on_gpu,
         on_gpu=on_gpu,
         num_gpus=wish.num_gpus,
         can_offload=wish.can_offload,
@@ -216,6 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     free = None if given.free is None else FreeMemory(given.free)
     if free is not None:  # a computer without GPUs, whatever this one has
         wish = replace(wish, device="cpu")
+    if given.dtype == "auto" and not runs_on_gpu(wish.device) and can_pack(kernels_folder()):
+        wish = replace(wish, dtype="bfloat16", packs=True)
     try:
         result = check_memory(given.name, wish, context=given.context, free=free)
     except HubUnreachable as error:

@@ -36,6 +36,7 @@ class Plan:
 
     Attributes:
         chunk: Tokens of a prompt that are read at once.
+        packs: Whether weights are packed into int8 once they are read.
         num_gpus: Of how many GPUs the user wants to make use; None is as few as needed.
         can_offload: Whether weights may wait on disk.
     """
@@ -43,6 +44,7 @@ class Plan:
     dtype: Dtype
     chunk: int
     kv_cache: KvCache = "auto"
+    packs: bool = False
     on_gpu: bool = False
     num_gpus: int | None = None
     can_offload: bool = False
@@ -105,6 +107,7 @@ def decide(
             dtype=plan.dtype,
             chunk=plan.chunk,
             kv_cache=plan.kv_cache,
+            packs=plan.packs,
             on_gpu=plan.on_gpu,
             program=max(free.own, PROGRAM_BYTES),
             further=further,

@@ -1,4 +1,4 @@
-"""How a sequence is read: by the decoder, with reuse of prefixes, or by Transformers' forward.
+"""How sequences are read: by the decoder, with reuse of prefixes, or by Transformers' forward.
 
 The engine sees token ids and logits; what lies behind a sequence (cache, store, alpha) ends here.
 """
@@ -6,49 +6,83 @@ The engine sees token ids and logits; what lies behind a sequence (cache, store,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from qwen.decoder import Decoder, DecoderSequence
+from qwen.decoder import Decoder, DecoderSequence, Piece
 from qwen.devices import input_device
-from qwen.prefix_cache import KeptSequence, PrefixCache, common_prefix
+from qwen.prefix_cache import KeptSequence, PrefixCache
 
 
 class SequenceReader(Protocol):
-    """Reads one sequence's tokens, in `torch.inference_mode`. Not for several threads at once."""
+    """One sequence that is being read. Not for several threads at once."""
 
     @property
     def num_read(self) -> int:
         """Tokens that were read."""
         ...
 
-    def read(self, ids: Tensor) -> Tensor:
-        """Read the next tokens (tokens,), int64; return the logits (vocab_size,) after the last."""
+    def close(self, *, keep: bool) -> None:
+        """Let go of the sequence's memory, or keep it for a later prompt where that may be."""
         ...
 
-    def close(self) -> None:
-        """Let go of the sequence's memory, or keep it for a later prompt."""
-        ...
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The next tokens of a sequence, and whether the logits after them are wanted."""
+
+    reader: SequenceReader
+    ids: Sequence[int]
+    wants_logits: bool = True
 
 
 class Readers(Protocol):
-    """Begins sequences on one model."""
+    """Begins and reads sequences on one model. Used on one thread, in `torch.inference_mode`.
+
+    Attributes:
+        device: Where logits are.
+        is_exact: Whether a sequence's numbers are the same, bit for bit, with whatever others and
+            in whatever pieces it is read.
+        can_batch: Whether several sequences can be read at once.
+        position_bytes: What a token of context takes; 0 is unknown.
+    """
 
     device: torch.device
+    is_exact: bool
+    can_batch: bool
+    position_bytes: int
 
-    def start(self, ids: Sequence[int], *, chunk: int) -> SequenceReader:
+    def start(self, ids: Sequence[int], *, chunk: int, expected: int) -> SequenceReader:
         """Begin a sequence; some of the prompt may have been read (`num_read`), never all of it.
 
         Args:
             ids: The whole prompt.
-            chunk: Tokens that will be read at a time.
+            chunk: Tokens that will be read at a time, unless others have to be served meanwhile.
+            expected: Tokens that prompt and reply will have at most.
         """
         ...
 
-    def clear(self) -> None:
-        """Let go of what is kept from earlier sequences."""
+    def read(self, readings: Sequence[Reading]) -> list[Tensor | None]:
+        """Read the next tokens of sequences; several only if `can_batch`.
+
+        Logits are good until the next call. After an error several sequences are as they were
+        before, and a single one is not kept for later prompts unless it is read after all.
+
+        Returns:
+            For each the logits, (vocab_size,), or None where they are not wanted.
+        """
+        ...
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory of what is kept from earlier sequences."""
+        ...
+
+    def shrink(self, max_bytes: int) -> None:
+        """Let go of kept sequences beyond so many bytes."""
         ...
 
 
@@ -63,41 +97,41 @@ class TransformersReaders:
     def __init__(self, model: Any, *, new_cache: Callable[[], Any]) -> None:
         self._model, self._new_cache = model, new_cache
         self.device = input_device(model)
+        self.is_exact = self.can_batch = False
+        self.position_bytes = self.kept_bytes = 0
 
-    def start(self, ids: Sequence[int], *, chunk: int) -> SequenceReader:
+    def start(self, ids: Sequence[int], *, chunk: int, expected: int) -> SequenceReader:
         """See `Readers`."""
         # Qwen v1 scales its rotary base by the whole prompt's length, and here it comes in chunks.
         is_v1 = self._model.config.model_type == "qwen"
         options = {"prompt_length": len(ids)} if is_v1 else {}
-        return _TransformersReader(self._model, self._new_cache(), options)
+        return _TransformersReader(self._new_cache(), options)
 
-    def clear(self) -> None:
+    def read(self, readings: Sequence[Reading]) -> list[Tensor | None]:
+        """See `Readers`."""
+        (reading,) = readings
+        reader = reading.reader
+        assert isinstance(reader, _TransformersReader)
+        output = self._model(
+            torch.tensor([list(reading.ids)], device=self.device),
+            past_key_values=reader.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **reader.options,
+        )
+        reader.num_read += len(reading.ids)
+        return [output.logits[0, -1] if reading.wants_logits else None]
+
+    def shrink(self, max_bytes: int) -> None:
         """See `Readers`; nothing is kept."""
 
 
 class _TransformersReader:
-    def __init__(self, model: Any, cache: Any, options: dict[str, Any]) -> None:
-        self._model, self._cache, self._options = model, cache, options
-        self._num_read = 0
+    def __init__(self, cache: Any, options: dict[str, Any]) -> None:
+        self.cache, self.options, self.num_read = cache, options, 0
 
-    @property
-    def num_read(self) -> int:
-        return self._num_read
-
-    def read(self, ids: Tensor) -> Tensor:
-        output = self._model(
-            ids[None],
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **self._options,
-        )
-        self._num_read += len(ids)
-        logits: Tensor = output.logits[0, -1]
-        return logits
-
-    def close(self) -> None:
-        self._model = self._cache = None
+    def close(self, *, keep: bool) -> None:
+        self.cache = None
 
 
 class DecoderReaders:
@@ -116,29 +150,62 @@ class DecoderReaders:
         self._decoder = decoder
         self._kept: PrefixCache[_DecoderState] = PrefixCache(prefix_bytes)
         self._max_length = max_length
-        self.device = decoder.device
+        self.device, self.is_exact = decoder.device, decoder.is_exact
+        self.can_batch, self.position_bytes = True, decoder.position_bytes
 
-    def start(self, ids: Sequence[int], *, chunk: int) -> SequenceReader:
+    @property
+    def kept_bytes(self) -> int:
         """See `Readers`."""
-        alpha = self._decoder.alpha(len(ids))
-        found = self._kept.take(ids, key=alpha)
+        return self._kept.nbytes
+
+    def start(self, ids: Sequence[int], *, chunk: int, expected: int) -> SequenceReader:
+        """See `Readers`."""
+        state, num_reused = self._resume(ids, chunk=chunk) or (self._begin(len(ids)), 0)
+        state.sequence.store.expected = expected
+        return _DecoderReader(self._decoder, state, ids[:num_reused], self._kept, chunk=chunk)
+
+    def _begin(self, prompt_length: int) -> _DecoderState:
+        sequence = self._decoder.start(prompt_length, max_capacity=self._max_length)
+        return _DecoderState(sequence, num_aligned=0)
+
+    def _resume(self, ids: Sequence[int], *, chunk: int) -> tuple[_DecoderState, int] | None:
+        """Go on from a kept sequence; returns its state and how many tokens it has read."""
+        found = self._kept.take(ids, key=self._decoder.alpha(len(ids)))
         if found is None:
-            state = _DecoderState(
-                self._decoder.start(len(ids), max_capacity=self._max_length), num_aligned=0
-            )
-            return _DecoderReader(self._decoder, state, (), self._kept, chunk=chunk)
+            return None
+        state = found.kept.state
         # The last token is read in any case: its logits are wanted.
-        num_reused = min(common_prefix(found.ids, ids), len(ids) - 1)
-        state = found.state
-        if not self._decoder.is_exact:
+        num_reused = min(found.num_common, len(ids) - 1)
+        if not self.is_exact:
             num_reused = min(num_reused, state.num_aligned) // chunk * chunk
-        state.sequence = self._decoder.resume(state.sequence, length=num_reused)
-        state.num_aligned = min(state.num_aligned, num_reused)
-        return _DecoderReader(self._decoder, state, found.ids[:num_reused], self._kept, chunk=chunk)
+        if not found.is_taken and num_reused == 0:
+            return None
+        go_on = self._decoder.resume if found.is_taken else self._decoder.fork
+        sequence = go_on(state.sequence, length=num_reused)
+        return _DecoderState(sequence, num_aligned=min(state.num_aligned, num_reused)), num_reused
 
-    def clear(self) -> None:
+    def read(self, readings: Sequence[Reading]) -> list[Tensor | None]:
         """See `Readers`."""
-        self._kept.clear()
+        readers = [_decoder_reader(reading) for reading in readings]
+        ids = [torch.tensor(reading.ids, device=self.device) for reading in readings]
+        if len(readings) == 1:
+            readers[0].is_sound = False
+            last = self._decoder.read(ids[0], readers[0].sequence)
+            logits: list[Tensor | None] = [last if readings[0].wants_logits else None]
+        else:
+            logits = self._decoder.read_many(
+                [
+                    Piece(own, reader.sequence, reading.wants_logits)
+                    for own, reader, reading in zip(ids, readers, readings, strict=True)
+                ]
+            )
+        for reader, reading in zip(readers, readings, strict=True):
+            reader.note(reading.ids)
+        return logits
+
+    def shrink(self, max_bytes: int) -> None:
+        """See `Readers`."""
+        self._kept.shrink(max_bytes)
 
 
 class _DecoderState:
@@ -153,7 +220,7 @@ class _DecoderReader:
         self,
         decoder: Decoder,
         state: _DecoderState,
-        ids: tuple[int, ...],
+        ids: Sequence[int],
         kept: PrefixCache[_DecoderState],
         *,
         chunk: int,
@@ -161,26 +228,37 @@ class _DecoderReader:
         self._decoder: Decoder | None = decoder
         self._state: _DecoderState | None = state
         self._ids, self._kept, self._chunk = list(ids), kept, chunk
+        self.is_sound = True
 
     @property
     def num_read(self) -> int:
         return len(self._ids)
 
-    def read(self, ids: Tensor) -> Tensor:
-        decoder, state = self._decoder, self._state
-        assert decoder is not None and state is not None
-        self._state = None  # a sequence in which a read failed is not kept
-        logits = decoder.read(ids, state.sequence)
-        if state.num_aligned == len(self._ids) and len(ids) == self._chunk:
-            state.num_aligned += len(ids)
-        self._ids += ids.tolist()
-        self._state = state
-        return logits
+    @property
+    def sequence(self) -> DecoderSequence:
+        assert self._state is not None
+        return self._state.sequence
 
-    def close(self) -> None:
+    def note(self, ids: Sequence[int]) -> None:
+        """Take note of tokens that were read."""
+        assert self._state is not None
+        if self._state.num_aligned == len(self._ids) and len(ids) == self._chunk:
+            self._state.num_aligned += len(ids)
+        self._ids += ids
+        self.is_sound = True
+
+    def close(self, *, keep: bool) -> None:
         decoder, state = self._decoder, self._state
         self._decoder = self._state = None
         if decoder is None or state is None:
             return
+        if not (keep and self.is_sound):
+            decoder.discard(state.sequence)
+            return
         state.sequence = sequence = decoder.park(state.sequence)
         self._kept.put(KeptSequence(tuple(self._ids), sequence.alpha, sequence.store.nbytes, state))
+
+
+def _decoder_reader(reading: Reading) -> _DecoderReader:
+    assert isinstance(reading.reader, _DecoderReader)
+    return reading.reader

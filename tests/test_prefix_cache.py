@@ -27,9 +27,26 @@ def test_longest_common_prefix_is_taken_and_taken_once():
     cache = PrefixCache(100)
     for ids in ([1, 2, 9], [1, 2, 3, 4], [7]):
         cache.put(kept(ids))
-    assert cache.take([1, 2, 3, 5], key=1.0).ids == (1, 2, 3, 4)
-    assert cache.take([1, 2, 3, 5], key=1.0).ids == (1, 2, 9)
+    assert cache.take([1, 2, 3, 5], key=1.0).kept.ids == (1, 2, 3, 4)
+    assert cache.take([1, 2, 3, 5], key=1.0).kept.ids == (1, 2, 9)
     assert cache.take([1, 2, 3, 5], key=1.0) is None
+
+
+def test_conversation_of_which_a_prompt_has_less_than_half_stays_kept():
+    cache = PrefixCache(100)
+    cache.put(kept([1, 2, 3, 4, 5]))
+    found = cache.take([1, 2, 9], key=1.0)
+    assert (found.num_common, found.is_taken, cache.nbytes) == (2, False, 10)
+    found = cache.take([1, 2, 3, 9], key=1.0)
+    assert (found.num_common, found.is_taken, cache.nbytes) == (3, True, 0)
+
+
+def test_shrinking_lets_go_of_the_least_recently_used():
+    cache = PrefixCache(100)
+    for ids in ([1], [2], [3]):
+        cache.put(kept(ids))
+    cache.shrink(20)
+    assert (cache.nbytes, cache.take([1], key=1.0)) == (20, None)
 
 
 def test_sequence_of_another_key_is_of_no_use():
@@ -42,7 +59,7 @@ def test_least_recently_used_goes_first_and_the_bound_holds():
     cache = PrefixCache(30)
     for ids in ([1], [2], [3]):
         cache.put(kept(ids))
-    cache.put(cache.take([1], key=1.0))  # used again
+    cache.put(cache.take([1], key=1.0).kept)  # used again
     cache.put(kept([4]))
     assert cache.nbytes == 30
     assert cache.take([2], key=1.0) is None
@@ -84,7 +101,7 @@ def test_threads_never_share_a_sequence():
 
     def work():
         while (found := cache.take([1], key=1.0)) is not None:
-            taken.append(found.state)
+            taken.append(found.kept.state)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:

@@ -14,12 +14,18 @@ from qwen.preflight import Wish, check_memory
 PROGRAM = """
 import json, sys, threading
 from pathlib import Path
+from qwen.fast_decoder import kernels_folder
 from qwen.loading import load_folder
 from qwen.local import build_backend
 from qwen.messages import SamplingParams
 
 folder, dtype, tokens = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-backend = build_backend(*load_folder(folder, dtype=dtype), name="measured")
+packs = dtype == "int8"
+backend = build_backend(
+    *load_folder(folder, dtype="bfloat16" if packs else dtype),
+    name="measured",
+    kernels_folder=kernels_folder() if packs else None,
+)
 ids = [1000 + 37 * number for number in range(tokens)]
 params = SamplingParams(max_new_tokens=4, temperature=0.7, top_p=0.9)
 for step in backend._engine.submit(ids, params, cancel=threading.Event()):
@@ -45,14 +51,15 @@ def measure(folder, dtype, tokens):
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="peaks are read as Linux has them"
 )
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
 def test_estimate_is_within_a_tenth_of_the_measured_peak(dtype, tmp_path):
     from qwen.checkpoint import resolve_embedded
 
     # One of the two dtypes is that of the files, which are mapped then; the other is a copy.
     folder = resolve_embedded(gguf_dtype="bfloat16")
     peak = measure(folder, dtype, 500)["VmHWM"]
-    wish = Wish(device="cpu", dtype=dtype)
+    packs = dtype == "int8"
+    wish = Wish(device="cpu", dtype="bfloat16" if packs else dtype, packs=packs)
     estimate = check_memory(str(folder), wish, context=504, free=FreeMemory(10**12)).estimate
     print(f"{dtype}: measured {peak / 1e6:.0f} MB, estimated {estimate.resident / 1e6:.0f} MB")
     assert peak == pytest.approx(estimate.resident, rel=0.1)

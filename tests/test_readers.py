@@ -6,9 +6,9 @@ import threading
 import golden_v1
 import pytest
 import torch
+from fake_backend import wait_until
 from tiny_model import build_tiny_model
 
-from qwen import engine as engine_module
 from qwen.cpu_kernels import KernelsUnavailable, load_kernels
 from qwen.decoder import Decoder
 from qwen.engine import Engine
@@ -28,7 +28,7 @@ def kernels(tmp_path_factory):
 
 @pytest.fixture(params=["dense", "int8"])
 def build(request, monkeypatch):
-    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr("qwen.sequence.PREFILL_CHUNK", 16)
     kernels = request.getfixturevalue("kernels") if request.param == "int8" else None
 
     def make(model, **options):
@@ -134,6 +134,7 @@ def test_cancelled_reply_is_reused(build):
     steps = engine.submit(range(1, 41), SamplingParams(), cancel=threading.Event())
     next(steps)
     steps.close()
+    wait_until(lambda: engine.load == (0, 0))
     decoder.num_read = 0
     assert reply(engine, range(1, 41)) == expected
     assert decoder.num_read < 40
@@ -142,7 +143,7 @@ def test_cancelled_reply_is_reused(build):
 def test_closing_lets_go_of_what_is_kept(build):
     engine, _ = build(build_tiny_model())
     reply(engine, range(1, 41))
-    kept = engine._readers._kept
+    kept = engine._scheduler._readers._kept
     assert kept.nbytes > 0
     engine.close()
     assert kept.nbytes == 0
@@ -150,9 +151,9 @@ def test_closing_lets_go_of_what_is_kept(build):
 
 def test_closing_during_a_reply_keeps_nothing_of_it(build):
     engine, _ = build(build_tiny_model())
-    kept = engine._readers._kept
+    kept = engine._scheduler._readers._kept
     steps = engine.submit(range(1, 41), SamplingParams(), cancel=threading.Event())
     next(steps)
     engine.close()
     list(steps)
-    assert kept.nbytes == 0
+    wait_until(lambda: engine.load == (0, 0) and kept.nbytes == 0)

@@ -9,7 +9,7 @@ import pytest
 from fake_backend import wait_until
 
 from qwen.errors import BackendFailed, OutOfMemory
-from qwen.messages import ContextUsage, Message, StreamEvent, Timing, Usage
+from qwen.messages import ContextUsage, Message, QueuePlace, StreamEvent, Timing, Usage
 from webapp.conversation import Conversation, ReplyNote
 from webapp.reply_stream import (
     HEARTBEAT_SECONDS,
@@ -39,6 +39,18 @@ def test_last_picture_holds_all_text_the_context_and_the_final_event():
     )
     assert last == Snapshot("ab", CONTEXT, END)
     assert all(picture.final is None for picture in growing)
+
+
+def test_picture_tells_the_place_in_the_queue_until_the_reply_begins():
+    def waits():
+        yield StreamEvent(queued=QueuePlace(2, 20.0))
+        time.sleep(2 * HEARTBEAT_SECONDS)
+        yield StreamEvent("a")
+        yield END
+
+    pictures = list(stream_snapshots(waits, threading.Event()))
+    assert pictures[0].queued == QueuePlace(2, 20.0)
+    assert pictures[-1].queued is None
 
 
 def test_every_picture_begins_with_the_one_before():

@@ -6,7 +6,7 @@ import pytest
 
 from qwen.backend import BackendInfo, LoadStatus, MemoryUse
 from qwen.errors import CheckpointNotFound
-from qwen.messages import ContextUsage, Message
+from qwen.messages import ContextUsage, Message, QueuePlace
 from webapp.conversation import Conversation, ReplyNote
 from webapp.render import restore_text
 from webapp.text import LOCALES, Words
@@ -17,6 +17,7 @@ from webapp.views import (
     loading_text,
     note_text,
     notice_html,
+    queue_text,
     status_html,
     version_text,
 )
@@ -206,3 +207,8 @@ def test_versions_are_counted_and_forks_named():
     assert version_text(twice, None, EN) == ""
     assert fork_choices(twice) == [("2: second reply", twice.leaf)]
     assert fork_choices(chat(1)) == []
+
+
+def test_queue_line_tells_place_and_seconds_until_the_turn_has_come():
+    assert queue_text(QueuePlace(3, 19.6), EN) == "Number 3 in the queue, about 20 s …"
+    assert queue_text(QueuePlace(0, 0.0), EN) == EN("waiting")

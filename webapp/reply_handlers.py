@@ -24,7 +24,7 @@ from webapp.page_updates import PageUpdates, Updates
 from webapp.render import restore_text
 from webapp.reply_stream import HEARTBEAT_SECONDS, Growth, Snapshot, stream_snapshots
 from webapp.session import PageBusy, PageSession, restored_session
-from webapp.views import loading_text
+from webapp.views import loading_text, queue_text
 
 logger = logging.getLogger(__name__)
 
@@ -201,6 +201,8 @@ class ReplyHandlers:
             if snapshot.text:
                 session.notice = ""
                 session.conversation = growth.at(snapshot)
+            elif snapshot.queued is not None:
+                session.notice = queue_text(snapshot.queued, session.words)
             elif snapshot.final is not None:
                 cancelled = snapshot.final.finish_reason == "cancelled"
                 session.notice = session.words(

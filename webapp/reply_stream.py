@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from qwen.errors import BackendFailed, QwenError
-from qwen.messages import ContextUsage, StreamEvent
+from qwen.messages import ContextUsage, QueuePlace, StreamEvent
 from webapp.conversation import Conversation, ReplyNote
 
 logger = logging.getLogger(__name__)
@@ -26,11 +26,16 @@ HEARTBEAT_SECONDS = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A reply so far: all text, the context's use once known, the last event at the end."""
+    """A reply so far: all text, the context's use once known, the last event at the end.
+
+    Attributes:
+        queued: Where it stands while it waits for its turn.
+    """
 
     text: str = ""
     context: ContextUsage | None = None
     final: StreamEvent | None = None
+    queued: QueuePlace | None = None
 
 
 class _Collector:
@@ -41,6 +46,7 @@ class _Collector:
         self._pieces: list[str] = []
         self.context: ContextUsage | None = None
         self.final: StreamEvent | None = None
+        self.queued: QueuePlace | None = None
         self.error: Exception | None = None
         self.done = False
 
@@ -50,6 +56,7 @@ class _Collector:
                 with self._changed:
                     self._pieces.append(event.text)
                     self.context = event.context or self.context
+                    self.queued = event.queued
                     if event.finish_reason is not None:
                         self.final = event
                     self._changed.notify_all()
@@ -90,7 +97,8 @@ def stream_snapshots(
         while not done:
             new, done = collector.take()
             text += new
-            yield Snapshot(text, collector.context, collector.final if done else None)
+            final = collector.final if done else None
+            yield Snapshot(text, collector.context, final, collector.queued)
             if new and not done:
                 time.sleep(PACE_SECONDS)
         if collector.error is not None:

@@ -112,6 +112,11 @@ _TABLE: dict[str, tuple[str, str, str]] = {
         "作業用 {working} · 空き {free}",
     ),
     "waiting": ("Reading your message …", "正在阅读您的消息……", "メッセージを読んでいます…"),
+    "queued": (
+        "Number {position} in the queue, about {seconds} s …",
+        "排队第 {position} 位,约 {seconds} 秒……",
+        "順番待ち {position} 番目、約 {seconds} 秒…",
+    ),
     "busy": (
         "A reply is still being written here. Stop it or wait for its end, then send again.",
         "这里还有回复正在生成。请先停止或等待其结束,再发送。",

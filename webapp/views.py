@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from qwen.backend import BackendInfo, LoadStatus, MemoryUse
-from qwen.messages import ContextUsage, Message
+from qwen.messages import ContextUsage, Message, QueuePlace
 from webapp.conversation import Conversation, Node, ReplyNote
 from webapp.render import render_note, render_reply
 from webapp.text import Words
@@ -127,6 +127,13 @@ def loading_text(status: LoadStatus, words: Words) -> str:
     """Return one line about loading, for the bubble of a message that waits for the model."""
     percent = f" {status.done * 100 // status.total} %" if status.total else ""
     return f"{words('loading')}: {status.step}{percent} · {status.seconds:.0f} s"
+
+
+def queue_text(place: QueuePlace, words: Words) -> str:
+    """Return one line for the bubble of a message that waits for its turn."""
+    if place.position == 0:
+        return words("waiting")
+    return words("queued", position=place.position, seconds=max(round(place.seconds), 1))
 
 
 def notice_html(notice: str) -> str:

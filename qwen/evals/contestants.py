@@ -182,7 +182,7 @@ def peak_memory() -> float:
 
 
 @contextmanager
-def running(kind: type[Contestant], argument: str) -> Iterator[Contestant]:
+def running(kind: Callable[[str], Any], argument: str) -> Iterator[Remote]:
     """Run a contestant in a process of its own.
 
     Raises:
@@ -194,7 +194,7 @@ def running(kind: type[Contestant], argument: str) -> Iterator[Contestant]:
     process.start()
     theirs.close()
     try:
-        yield _Remote(ours, kind.__name__)
+        yield Remote(ours, kind.__name__)
     finally:
         ours.close()
         process.join(timeout=20)
@@ -202,22 +202,29 @@ def running(kind: type[Contestant], argument: str) -> Iterator[Contestant]:
             process.kill()
 
 
-class _Remote:
-    """A contestant in another process."""
+class Remote:
+    """A contestant in another process; see `Contestant` for its methods."""
 
     def __init__(self, pipe: Any, name: str) -> None:
         self._pipe, self._name = pipe, name
         self._take()
 
     def reply(self, ids: Sequence[int], new_tokens: int) -> Reply:
+        """See `Contestant.reply`."""
         self._pipe.send(("reply", tuple(ids), new_tokens))
         reply: Reply = self._take()
         return reply
 
     def facts(self) -> dict[str, float]:
+        """See `Contestant.facts`."""
         self._pipe.send(("facts",))
         facts: dict[str, float] = self._take()
         return facts
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Call another method of the contestant; what goes there and back must be plain values."""
+        self._pipe.send((name, *arguments))
+        return self._take()
 
     def _take(self) -> Any:
         try:

@@ -26,11 +26,10 @@ def load_fast(checkpoint: str) -> tuple[Any, Decoder]:
         CheckpointError: It cannot be had, read or run.
         StartupError: There is no fast path for it here; the log says why.
     """
-    from qwen.fast_decoder import build_decoder, can_pack
+    from qwen.fast_decoder import build_decoder, can_pack, kernels_folder
     from qwen.loading import load_model
-    from qwen.weights_cache import cache_folder
 
-    folder = cache_folder() / "kernels"
+    folder = kernels_folder()
     dtype: Any = "bfloat16" if can_pack(folder) else "auto"
     model: Any = load_model(checkpoint, device="cpu", dtype=dtype, report=ignore_progress).model
     decoder = build_decoder(model, kernels_folder=folder)

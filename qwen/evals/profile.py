@@ -143,11 +143,10 @@ def _load(given: argparse.Namespace) -> tuple[Any, str]:
 
 def _our_engine(model: Any, context_length: int) -> Generate:
     from qwen.engine import Engine
-    from qwen.fast_decoder import build_decoder
+    from qwen.fast_decoder import build_decoder, kernels_folder
     from qwen.messages import SamplingParams
-    from qwen.weights_cache import cache_folder
 
-    decoder = build_decoder(model, kernels_folder=cache_folder() / "kernels")
+    decoder = build_decoder(model, kernels_folder=kernels_folder())
     engine = Engine(model, eos_token_ids=(), context_length=context_length, decoder=decoder)
 
     def generate(ids: Sequence[int], new_tokens: int) -> None:

@@ -69,6 +69,13 @@ def backend_speed(backend: ChatBackend, tokens: int) -> float:
 @contextmanager
 def running_app(port: int, checkpoint: str) -> Iterator[str]:
     """Run the web app until it is ready; yields its address."""
+    with app_process(port, checkpoint) as (url, _):
+        yield url
+
+
+@contextmanager
+def app_process(port: int, checkpoint: str) -> Iterator[tuple[str, int]]:
+    """Run the web app until it is ready; yields its address and the id of its process."""
     arguments = ["--cpu-only", "-c", checkpoint, "--server-port", str(port)]
     process = subprocess.Popen(
         [sys.executable, "-u", "app.py", *arguments], stdout=subprocess.PIPE, text=True
@@ -83,7 +90,8 @@ def running_app(port: int, checkpoint: str) -> Iterator[str]:
             if time.monotonic() > deadline:
                 raise SystemExit("The app did not become ready.")
         urllib.request.urlopen(url).close()
-        yield url
+        threading.Thread(target=process.stdout.read, daemon=True).start()  # or it would block
+        yield url, process.pid
     finally:
         process.terminate()
         process.wait()
@@ -95,7 +103,7 @@ def connect(url: str, tokens: int) -> Callable[[], float]:
 
     client = httpx.Client(base_url=url + "gradio_api/queue/", timeout=None)
     config = httpx.get(url + "config").json()
-    event, chatbot = _send_event(config)
+    event, chatbot = send_event(config)
 
     def ask() -> float:
         page = uuid.uuid4().hex
@@ -106,7 +114,7 @@ def connect(url: str, tokens: int) -> Callable[[], float]:
         ).raise_for_status()
         times = []
         with client.stream("GET", "data", params={"session_hash": page}) as lines:
-            for message in _messages(lines.iter_lines()):
+            for message in page_messages(lines.iter_lines()):
                 if message["msg"] == "process_generating" and _changes(message, chatbot):
                     times.append(time.monotonic())
                 if message["msg"] == "process_completed":
@@ -117,13 +125,14 @@ def connect(url: str, tokens: int) -> Callable[[], float]:
     return ask
 
 
-def _messages(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+def page_messages(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """Yield what the page's stream of events says."""
     for line in lines:
         if line.startswith("data:"):
             yield json.loads(line[5:])
 
 
-def _send_event(config: dict[str, Any]) -> tuple[int, int]:
+def send_event(config: dict[str, Any]) -> tuple[int, int]:
     """Return the number of the Send event and the place of the chat among its outputs."""
     ids = {c["props"].get("elem_id"): c["id"] for c in config["components"]}
     for event in config["dependencies"]:

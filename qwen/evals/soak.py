@@ -1,0 +1,168 @@
+"""`make soak`: 32 users with think time for half an hour; nothing may grow, nothing be left over.
+
+Users differ: short and long messages, replies that are read slowly, tabs that are closed. The app's
+process is watched from outside: its memory, threads and open files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from qwen.evals.machine import describe_machine
+from qwen.evals.page_users import PageUser
+from qwen.evals.report import Comparison, Samples, write_json
+from qwen.evals.streaming import app_process
+
+#: Seconds that a user thinks on average.
+_THINK_SECONDS = 30.0
+#: Share of users that close their tab while the reply is being written.
+_LEAVING = 0.1
+
+#: Seconds between two looks at the process, and those it gets to come to rest.
+_LOOK_SECONDS, _REST_SECONDS = 5.0, 20.0
+
+
+@dataclass(slots=True)
+class Crowd:
+    """What many users saw: seconds to each first token, and what went wrong."""
+
+    first: list[float] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What a process holds."""
+
+    memory: int
+    threads: int
+    files: int
+
+
+def main() -> int:
+    """Let users come and go, compare; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--users", type=int, default=32)
+    parser.add_argument("--port", type=int, default=8767)
+    parser.add_argument("--json", type=Path, default=Path("build/soak.json"))
+    given = parser.parse_args()
+    machine = describe_machine("torch", "transformers", "gradio")
+    print(machine, flush=True)
+    with app_process(given.port, "auto") as (url, process):
+        user = PageUser(url)
+        # What is set up lazily and what the caches hold at their fullest is no growth.
+        think_and_ask(user, users=given.users, seconds=60 * given.minutes / 4)
+        time.sleep(_REST_SECONDS)
+        before = read_footprint(process)
+        looks: list[Footprint] = []
+        crowd = _watched(user, process, looks, given.users, 60 * given.minutes * 3 / 4)
+        time.sleep(_REST_SECONDS)
+        after = read_footprint(process)
+    comparisons = list(_compare(crowd, looks, before, after, given.users))
+    given.json.parent.mkdir(parents=True, exist_ok=True)
+    write_json(given.json, machine, comparisons)
+    print(*crowd.errors[:10], *comparisons, sep="\n")
+    return 0 if all(row.is_met for row in comparisons) else 1
+
+
+def think_and_ask(user: PageUser, *, users: int, seconds: float) -> Crowd:
+    """Let users think and ask for so many seconds; waits for the last replies."""
+    crowd, end = Crowd(), time.monotonic() + seconds
+    with ThreadPoolExecutor(users) as pool:
+        for number in range(users):
+            pool.submit(_live, user, number, end, crowd)
+    return crowd
+
+
+def _live(user: PageUser, number: int, end: float, crowd: Crowd) -> None:
+    chance = random.Random(number)
+    time.sleep(chance.uniform(0, min(_THINK_SECONDS, max(end - time.monotonic(), 0))))
+    while time.monotonic() < end:
+        words = chance.choice([5, 5, 20, 20, 100, 600])
+        text = " ".join(str(chance.randrange(10_000)) for _ in range(words))
+        leaves = chance.random() < _LEAVING
+        try:
+            reply = user.ask(
+                f"Write a story with these numbers: {text}",
+                chance.choice([16, 64, 128]),
+                seed=chance.randrange(1000),
+                leave_after=1 if leaves else 0,
+            )
+            crowd.first.append(reply.first)
+        except Exception as error:
+            crowd.errors.append(f"{type(error).__name__}: {error}")
+        time.sleep(min(chance.expovariate(1 / _THINK_SECONDS), max(end - time.monotonic(), 0)))
+
+
+def _watched(
+    user: PageUser, process: int, looks: list[Footprint], users: int, seconds: float
+) -> Crowd:
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(_LOOK_SECONDS):
+            looks.append(read_footprint(process))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        return think_and_ask(user, users=users, seconds=seconds)
+    finally:
+        done.set()
+        watcher.join()
+
+
+def read_footprint(process: int) -> Footprint:
+    """Read what a process holds now (Linux)."""
+    folder = Path("/proc", str(process))
+    status = dict(
+        line.split(":", 1) for line in (folder / "status").read_text("utf-8").splitlines()
+    )
+    return Footprint(
+        memory=int(status["VmRSS"].split()[0]) * 1024,
+        threads=int(status["Threads"]),
+        files=len(list((folder / "fd").iterdir())),
+    )
+
+
+def _compare(
+    crowd: Crowd, looks: list[Footprint], before: Footprint, after: Footprint, users: int
+) -> list[Comparison]:
+    third = max(len(looks) // 3, 1)
+    memory = [look.memory / 1e6 for look in looks]
+    first = statistics.median(crowd.first or [0.0])
+    rows = [
+        Comparison(
+            f"{users} users, {len(crowd.first)} replies, first token p50 {first:.1f} s: errors",
+            Samples((float(len(crowd.errors)),), ""),
+            "one",
+            Samples((1.0,), ""),
+            0.0,
+            "lower",
+        ),
+        Comparison(
+            "memory in the last third",
+            Samples((statistics.median(memory[-third:]),), "MB"),
+            "in the first third",
+            Samples((statistics.median(memory[:third]),), "MB"),
+            1.05,
+            "lower",
+        ),
+    ]
+    for name in ("threads", "files"):
+        kept = (Samples((float(getattr(look, name)),), "") for look in (after, before))
+        rows.append(Comparison(f"{name} at rest", next(kept), "before", next(kept), 1.0, "lower"))
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Gives back the pages of a mapped weights file that have been read and are not wanted again.
+
+The system counts them as the process's memory until it needs them or the file is unmapped. Only
+Linux is told; elsewhere nothing happens. Knows no model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from pathlib import Path
+
+from torch import Tensor
+
+_MAPS = Path("/proc/self/maps")
+
+
+def drop_pages(tensor: Tensor) -> None:
+    """Let the system forget a tensor's pages, if they are of a file.
+
+    Nobody may use the tensor any more: what was written to it may be lost, what was not is read
+    again from the file. A tensor in ordinary memory is left alone.
+    """
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    stop = (tensor.data_ptr() + tensor.nbytes) // page * page
+    if start < stop and _is_of_a_file(start, stop):
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
+
+
+def _is_of_a_file(start: int, stop: int) -> bool:
+    """Tell whether one mapping of a file covers the addresses."""
+    try:
+        lines = _MAPS.read_text("utf-8").splitlines()
+    except OSError:
+        return False
+    for line in lines:
+        addresses, _, _, _, inode, *_ = line.split()
+        first, last = (int(address, 16) for address in addresses.split("-"))
+        if first <= start and stop <= last:
+            return inode != "0"
+    return False

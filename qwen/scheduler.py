@@ -1,0 +1,408 @@
+"""The one decode loop: sequences of many users join and leave it between two steps.
+
+Each step reads one token of every reply that is being written and, beside it, so much of waiting
+prompts that no reply pauses for long. Weights are read once for all of them. Requests wait in the
+order in which they came, within `ServingLimits`. Knows no tokenizer and no text.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from qwen.errors import (
+    BackendFailed,
+    BackendNotReady,
+    OutOfMemory,
+    QwenError,
+    TooManyRequests,
+    is_out_of_memory,
+)
+from qwen.messages import FinishReason, QueuePlace
+from qwen.readers import Readers
+from qwen.reply_steps import EngineStep, Request
+from qwen.sequence import SequenceState, prefill_chunk
+from qwen.serving_pace import Pace
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: All that oneDNN says when it gets no memory for its scratchpad (run under RLIMIT_AS). It says the
+#: same of an operation that it does not know, but then the warm-up would have failed.
+_ONEDNN_OUT_OF_MEMORY = "could not create a primitive"
+
+
+class Running:
+    """A request that has its turn, and its sequence.
+
+    Attributes:
+        quantum: Tokens of its prompt that may still be read before the next prompt's turn.
+    """
+
+    def __init__(self, request: Request, state: SequenceState, *, quantum: int) -> None:
+        self.request, self.state, self.quantum = request, state, quantum
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What the loop is held to.
+
+    Attributes:
+        max_running: Sequences at a time.
+        max_waiting: Requests behind them.
+        cache_bytes: Of keys and values; 0 is no bound.
+        eos: Tokens that end a reply.
+        ntk_alpha: See `SequenceState`.
+        is_strict: Read every sequence by itself, in the pieces in which it would be read alone.
+    """
+
+    max_running: int
+    max_waiting: int
+    cache_bytes: int
+    eos: frozenset[int]
+    ntk_alpha: Callable[[int], int] | None
+    is_strict: bool
+
+
+class Scheduler:
+    """Runs requests. `submit`, `watch` and `close` may be called from any thread.
+
+    The loop has a thread of its own while there is work, and none otherwise.
+
+    Args:
+        readers: Of the model.
+        terms: See `Terms`.
+    """
+
+    def __init__(self, readers: Readers, terms: Terms) -> None:
+        self._readers: Readers | None = readers
+        self._terms = terms
+        self._reads_alone = not readers.can_batch or (terms.is_strict and not readers.is_exact)
+        self._lock = threading.RLock()  # the garbage collector may close an iterator in here
+        self._waiting: deque[Request] = deque()
+        self._starting: list[Request] = []  # neither waits nor runs yet
+        self._running: list[Running] = []
+        self._thread: threading.Thread | None = None
+        self._is_closed = False
+        self._pace = Pace()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Requests that run and that wait."""
+        with self._lock:
+            return len(self._running) + len(self._starting), len(self._waiting)
+
+    def submit(self, request: Request) -> None:
+        """Let a request wait for its turn.
+
+        Raises:
+            BackendNotReady: After `close`.
+            TooManyRequests: As many wait as may.
+        """
+        with self._lock:
+            self.watch()
+            if self._is_closed:
+                raise BackendNotReady("The server is shutting down. Start it again to go on.")
+            self._drop_cancelled_waiting()
+            free = self._terms.max_running - len(self._running) - len(self._starting)
+            position = len(self._waiting) - free + 1
+            if position > self._terms.max_waiting:
+                seconds = self._pace.wait_seconds(position, len(self._running))
+                raise TooManyRequests(
+                    f"The server is busy: {len(self._waiting)} requests wait already. "
+                    f"Try again in {max(round(seconds), 1)} seconds.",
+                    retry_after=max(seconds, 1.0),
+                    position=position,
+                )
+            self._waiting.append(request)
+            if self._thread is None:
+                self._start_thread()
+
+    def watch(self) -> None:
+        """See to it that the loop runs: if its thread has died, say so to all that it ran."""
+        with self._lock:
+            if self._thread is not None and not self._thread.is_alive():
+                logger.error("The decode loop's thread has died; it is started anew")
+                self._bury()
+
+    def close(self) -> None:
+        """Refuse new requests, cancel the others within one step, let go of the model."""
+        with self._lock:
+            self._is_closed = True
+            if self._readers is not None:
+                self._readers.shrink(0)
+            if self._thread is None:
+                self._readers = None
+
+    def _start_thread(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="decode-loop", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while self._has_work():
+                    self._step()
+        except BaseException as error:
+            logger.critical("The decode loop failed; it is started anew", exc_info=error)
+        else:
+            return
+        with self._lock:
+            self._bury()
+
+    def _has_work(self) -> bool:
+        """Tell whether the loop goes on; if not, its thread is no longer the loop's."""
+        with self._lock:
+            if self._running or self._starting or self._waiting:
+                return True
+            self._thread = None
+            if self._is_closed and self._readers is not None:
+                self._readers.shrink(0)
+                self._readers = None
+            return False
+
+    def _bury(self) -> None:
+        """After the loop's end in an error: tell those it ran, start it again for the others."""
+        running = [*self._starting, *(each.request for each in self._running)]
+        for each in self._running:
+            _attempt(partial(each.state.close, keep=False))
+        self._starting, self._running, self._thread = [], [], None
+        for request in running:
+            request.put(
+                BackendFailed(
+                    "Generating stopped because of an unexpected fault. The server's log has the "
+                    "details; the model is ready again: try again."
+                )
+            )
+        if self._readers is not None:
+            self._readers.shrink(0)
+        if self._waiting:
+            self._start_thread()
+        elif self._is_closed:
+            self._readers = None
+
+    def _step(self) -> None:
+        """Let requests go and come, read, and choose tokens."""
+        readers = self._readers
+        assert readers is not None
+        for running in [r for r in self._running if self._is_over(r.request)]:
+            self._end(running, "cancelled")
+        self._admit(readers)
+        began, num_tokens = time.monotonic(), 0
+        for group in self._plan(readers):
+            num_tokens += sum(size for _, size in group)
+            self._choose(self._read(readers, group), readers)
+        if num_tokens:
+            self._pace.note_step(num_tokens, time.monotonic() - began)
+
+    def _is_over(self, request: Request) -> bool:
+        return self._is_closed or request.is_cancelled
+
+    def _drop_cancelled_waiting(self) -> None:
+        for request in [r for r in self._waiting if self._is_over(r)]:
+            self._waiting.remove(request)
+            request.put(EngineStep(finish_reason="cancelled"))
+
+    def _admit(self, readers: Readers) -> None:
+        """Let those who wait begin, in their order, as far as there is room."""
+        with self._lock:
+            self._drop_cancelled_waiting()
+            while self._waiting and self._has_room(self._waiting[0], readers):
+                self._starting.append(self._waiting.popleft())
+            num_running = len(self._running) + len(self._starting)
+            for position, request in enumerate(self._waiting, start=1):
+                if position != request.position:
+                    request.position = position
+                    seconds = self._pace.wait_seconds(position, num_running)
+                    request.put(EngineStep(queued=QueuePlace(position, seconds)))
+        while self._starting:
+            self._begin(self._starting[0], readers)
+
+    def _has_room(self, request: Request, readers: Readers) -> bool:
+        """Tell whether a request can begin; lets go of kept sequences that are in its way."""
+        running = [*(r.request for r in self._running), *self._starting]
+        if len(running) >= self._terms.max_running:
+            return False
+        if not self._terms.cache_bytes:
+            return True
+        free = self._terms.cache_bytes - sum(r.nbytes for r in running) - request.nbytes
+        if free < 0 and running:
+            return False
+        readers.shrink(max(free, 0))
+        return True
+
+    def _begin(self, request: Request, readers: Readers) -> None:
+        request.started_at = time.monotonic()
+        if request.position:
+            request.put(EngineStep(queued=QueuePlace(0, 0.0)))
+        alpha = self._terms.ntk_alpha
+        expected = len(request.ids) + request.max_tokens
+        state, failure = _attempt(
+            lambda: SequenceState(
+                readers, request.ids, request.params, expected=expected, ntk_alpha=alpha
+            )
+        )
+        with self._lock:
+            self._starting.remove(request)
+            if state is None:
+                assert failure is not None
+                request.put(failure)
+                return
+            self._running.append(Running(request, state, quantum=prefill_chunk(readers.device)))
+
+    def _plan(self, readers: Readers) -> list[list[tuple[Running, int]]]:
+        """Choose what is read in this step: groups, each at once, of sequences and tokens.
+
+        Replies come first. What prompts may take beside them goes to one after the other, so that
+        short ones are through soon, but a long one lets others by after each whole chunk.
+        """
+        replies = [(r, 1) for r in self._running if r.state.num_unread == 1]
+        prompts = [r for r in self._running if r.state.num_unread > 1]
+        chunk = prefill_chunk(readers.device)
+        budget = chunk
+        if len(self._running) > 1 and readers.device.type == "cpu" and not self._terms.is_strict:
+            budget = min(chunk, self._pace.prompt_tokens(len(replies)))
+        pieces: list[tuple[Running, int]] = []
+        for running in prompts:
+            size = min(running.state.num_unread, chunk)
+            if size > budget:
+                # Forms that are not exact reuse whole chunks only, so they are not cut further.
+                if pieces and not readers.is_exact:
+                    break
+                size = budget
+            if size < 1:
+                break
+            pieces.append((running, size))
+            budget -= size
+        self._take_turns(pieces, chunk)
+        group = [*replies, *pieces]
+        return [[each] for each in group] if self._reads_alone else [group] if group else []
+
+    def _take_turns(self, pieces: Sequence[tuple[Running, int]], chunk: int) -> None:
+        with self._lock:
+            for running, size in pieces:
+                running.quantum -= size
+                if running.quantum <= 0:
+                    running.quantum = chunk
+                    self._running.remove(running)
+                    self._running.append(running)
+
+    def _read(
+        self, readers: Readers, group: Sequence[tuple[Running, int]]
+    ) -> list[tuple[Running, Tensor]]:
+        """Read the next tokens of sequences; returns those whose next token can be chosen."""
+        readings = [running.state.reading(size) for running, size in group]
+        logits, failure = _attempt(lambda: readers.read(readings))
+        if isinstance(failure, OutOfMemory) and readers.kept_bytes:
+            logger.warning("Memory ran out; what earlier requests have read is let go")
+            readers.shrink(0)
+            logits, failure = _attempt(lambda: readers.read(readings))
+        if logits is not None:
+            pairs = zip(group, logits, strict=True)
+            return [(running, own) for (running, _), own in pairs if own is not None]
+        assert failure is not None
+        if len(group) == 1:
+            self._fail(group[0][0], failure)
+            return []
+        # One of them may be the culprit: each by itself, so that the others go on.
+        alone: list[tuple[Running, Tensor]] = []
+        for each in group:
+            alone += [(running, own.clone()) for running, own in self._read(readers, [each])]
+        return alone
+
+    def _choose(self, read: Sequence[tuple[Running, Tensor]], readers: Readers) -> None:
+        """Choose the next token of every sequence that was read to its end."""
+        proposals: list[tuple[Running, Tensor]] = []
+        for running, logits in read:
+            if self._is_over(running.request):
+                self._end(running, "cancelled")
+                continue
+            proposal, failure = _attempt(partial(running.state.propose, logits))
+            if proposal is None:
+                assert failure is not None
+                self._fail(running, failure)
+            else:
+                proposals.append((running, proposal))
+        if not proposals:
+            return
+        # The one place where a GPU is waited for.
+        values = torch.cat([proposal for _, proposal in proposals]).tolist()
+        first = 0
+        for running, proposal in proposals:
+            own = values[first : first + len(proposal)]
+            first += len(proposal)
+            _, failure = _attempt(partial(self._accept, running, own, readers))
+            if failure is not None:
+                self._fail(running, failure)
+
+    def _accept(self, running: Running, values: Sequence[float], readers: Readers) -> None:
+        request, choice = running.request, running.state.accept(values)
+        if choice.token_id in self._terms.eos:
+            self._end(running, "stop")
+            return
+        request.num_tokens += 1
+        request.put(
+            EngineStep(
+                token_id=choice.token_id, logprob=choice.logprob, top_logprobs=choice.top_logprobs
+            )
+        )
+        if request.num_tokens == request.max_tokens:
+            self._end(running, "length")
+        else:
+            running.state.append(choice.token_id, readers)
+
+    def _end(self, running: Running, reason: FinishReason) -> None:
+        self._leave(running, keep=True)
+        self._pace.note_turn(time.monotonic() - running.request.started_at)
+        running.request.put(EngineStep(finish_reason=reason))
+
+    def _fail(self, running: Running, failure: QwenError) -> None:
+        self._leave(running, keep=False)  # numbers that are none would spoil the next reply
+        if isinstance(failure, OutOfMemory) and self._readers is not None:
+            self._readers.shrink(0)
+        running.request.put(failure)
+
+    def _leave(self, running: Running, *, keep: bool) -> None:
+        with self._lock:
+            if running in self._running:
+                self._running.remove(running)
+        _, failure = _attempt(partial(running.state.close, keep=keep))
+        if failure is not None:
+            logger.warning("A sequence that ended could not be kept for reuse")
+        if self._readers is not None and self._readers.device.type == "cuda" and not self._running:
+            torch.cuda.empty_cache()
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, QwenError | None]:
+    """Do some work; return its result, or the error by its name."""
+    try:
+        return work(), None
+    except QwenError as error:
+        return None, error.with_traceback(None)
+    except Exception as error:
+        # A new error, that does not hold the tensors in the frames of the first one's traceback.
+        return None, _named_error(error)
+
+
+def _named_error(error: Exception) -> QwenError:
+    if is_out_of_memory(error) or _ONEDNN_OUT_OF_MEMORY in str(error):
+        logger.warning("Out of memory while generating (%s)", str(error))
+        return OutOfMemory(
+            "Memory ran out while generating. Shorten the conversation or start a new chat, "
+            "lower max_new_tokens, or use a smaller model."
+        )
+    logger.error("Generating failed", exc_info=error)
+    return BackendFailed(
+        "Generating failed because of an unexpected fault. The server's log has the details; "
+        "try again."
+    )
