@@ -227,6 +227,17 @@ def test_sites_that_may_frame_the_page_are_configurable(serve_page, allowed):
     assert ("frame-ancestors" in policy) == (allowed is not None)
 
 
+@pytest.mark.parametrize("method", ["GET", "OPTIONS"])
+def test_other_sites_pages_may_not_read_the_page(serve_page, method):
+    headers = {
+        "origin": "https://evil.example",
+        "host": "chat.example.org",
+        "access-control-request-method": "POST",
+    }
+    answer = httpx.request(method, serve_page(FakeBackend()) + "config", headers=headers)
+    assert not [name for name in answer.headers if name.startswith("access-control-")]
+
+
 def test_nobody_can_leave_a_file_on_the_server(stranger):
     files = {"files": ("x.txt", b"x" * 100)}
     answer = stranger(FakeBackend()).client.post("gradio_api/upload", files=files)

@@ -42,7 +42,7 @@ def build_front(
         frame_ancestors: See `webapp.settings.Settings`.
         max_request_bytes: The largest body; the API has the same limit of its own.
     """
-    limited = BodyLimit(page, max_bytes=max_request_bytes)
+    limited = BodyLimit(SameOrigin(page), max_bytes=max_request_bytes)
     app = limited if api is None else ApiBeside(limited, api)
     return SecurityHeaders(app, frame_ancestors=frame_ancestors)
 
@@ -58,6 +58,32 @@ class ApiBeside:
         """Pass a request to whom it belongs."""
         is_api = scope["type"] == "http" and belongs_to_api(scope["path"])
         await (self._api if is_api else self._page)(scope, receive, send)
+
+
+class SameOrigin:
+    """Takes the CORS headers off what the page answers.
+
+    Gradio lets every origin in, with cookies, unless the server is asked for as localhost: any web
+    page could read the conversation of somebody who is logged in.
+    """
+
+    def __init__(self, page: ASGIApp) -> None:
+        self._page = page
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on and take the headers off its response."""
+
+        async def send_without_cors(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = message.get("headers", ())
+                message["headers"] = [
+                    (name, value)
+                    for name, value in headers
+                    if not name.lower().startswith(b"access-control-")
+                ]
+            await send(message)
+
+        await self._page(scope, receive, send_without_cors if scope["type"] == "http" else send)
 
 
 class SecurityHeaders:
