@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen.backend import BackendInfo, MemoryUse, ReportProgress, ignore_progress
-from qwen.chat_format import ChatFormat, TextTokenizer
+from qwen.chat_format import ChatFormat, ReplyPlan, TextTokenizer
 from qwen.checkpoint import parse_checkpoint
 from qwen.devices import describe_devices
 from qwen.engine import Engine, EngineStep
@@ -35,6 +35,8 @@ from qwen.model_shape import read_context_length
 from qwen.prompt import Prompt, PromptBuilder
 from qwen.text_stream import stream_until_stop, stream_utf8
 from qwen.tokenizer import build_chat_format, build_text_tokenizer
+from qwen.tool_prompt import check_tools, offered_tools
+from qwen.tool_stream import read_calls
 from qwen.weights_cache import cache_folder
 
 if TYPE_CHECKING:
@@ -74,6 +76,7 @@ class LocalBackend:
         self._engine = engine
         self._tokenizer = tokenizer
         self._info = info
+        self._format = chat_format
         self._prompts = PromptBuilder(
             tokenizer,
             chat_format=chat_format,
@@ -110,16 +113,22 @@ class LocalBackend:
     ) -> Iterator[StreamEvent]:
         prompt = self._build_prompt(request)
         yield StreamEvent(context=prompt.usage)
+        plan = self._plan_reply(request)
+        reader = plan.build_reader() if plan.build_reader is not None else None
         steps = self._engine.submit(prompt.ids, request.params, cancel=cancel)
-        texts = stream_until_stop(stream_utf8(self._bytes(steps, reply)), request.params.stop)
+        stops = (*request.params.stop, *plan.stop)
+        texts = stream_until_stop(stream_utf8(self._bytes(steps, reply)), stops)
         try:
-            for text in texts:
-                yield StreamEvent(text=text, token_ids=reply.take_new_ids())
+            for part in read_calls(texts, reader, heard=plan.heard):
+                reply.has_calls = reply.has_calls or bool(part.calls)
+                yield StreamEvent(
+                    text=part.text, tool_calls=part.calls, token_ids=reply.take_new_ids()
+                )
         finally:
             # After a stop string, an error or a client that left, the engine is still at work.
             _close(steps)
         yield StreamEvent(
-            finish_reason=reply.finish_reason,
+            finish_reason=reply.end_reason(),
             usage=Usage(len(prompt.ids), reply.num_tokens),
             timing=reply.timing(),
         )
@@ -146,6 +155,8 @@ class LocalBackend:
         if request.raw_prompt is not None:
             if request.messages:
                 raise InvalidRequest("Send either messages or a raw prompt, not both.")
+            if request.tools:
+                raise InvalidRequest("A raw prompt has no tools. Send messages to use them.")
             return self._prompts.build_raw(
                 request.raw_prompt + request.reply_prefix,
                 max_new_tokens=max_new_tokens,
@@ -159,9 +170,16 @@ class LocalBackend:
         return self._prompts.build_chat(
             request.messages,
             max_new_tokens=max_new_tokens,
-            reply_prefix=request.reply_prefix,
+            tools=offered_tools(request),
+            prefix=self._plan_reply(request).prefix,
             allow_empty=allow_empty,
         )
+
+    def _plan_reply(self, request: ChatRequest) -> ReplyPlan:
+        if request.raw_prompt is not None or self._format is None:
+            return ReplyPlan()
+        check_tools(request)
+        return self._format.plan_reply(request)
 
 
 @dataclass
@@ -177,6 +195,7 @@ class _Reply:
     num_tokens: int = 0
     first: float = 0.0
     last: float = 0.0
+    has_calls: bool = False
     _new_ids: list[int] = field(default_factory=list)
 
     def add(self, token_id: int) -> None:
@@ -189,6 +208,11 @@ class _Reply:
         """Return the tokens added since the last call."""
         ids, self._new_ids = tuple(self._new_ids), []
         return ids
+
+    def end_reason(self) -> FinishReason:
+        """Return why the reply ended; "tool_calls" where it ended by itself and made calls."""
+        made_calls = self.has_calls and self.finish_reason == "stop"
+        return "tool_calls" if made_calls else self.finish_reason
 
     def timing(self) -> Timing:
         """Return the times; without a token, the time until the end counts as that to the first."""
