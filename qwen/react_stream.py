@@ -177,6 +177,8 @@ def _read_action(text: str, place: int) -> tuple[str, int] | None:
     start = text.index(_ACTION, place) + len(_ACTION)
     line = text[start:].lstrip()
     name, line_break, after = line.partition("\n")
+    if len(name.split()) > 1:
+        return "", place  # a sentence, not a tool's name
     if not line_break:
         return None
     after = after.lstrip()

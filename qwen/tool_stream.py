@@ -171,9 +171,9 @@ class TaggedCallReader:
                 return decided
         start = self._buffer.find(OPEN_TAG)
         if start >= 0:
-            self._give_text(len(self._buffer[:start].rstrip()))
-            self._buffer = self._buffer.lstrip()
-            self._open(OPEN_TAG, closer=CLOSE_TAG)
+            before = len(self._buffer[:start].rstrip())
+            self._give_text(before)
+            self._open(self._buffer[: start - before + len(OPEN_TAG)], closer=CLOSE_TAG)
             return True
         certain = self._buffer[: len(self._buffer) - possible_start(self._buffer, OPEN_TAG)]
         self._give_text(len(certain.rstrip()))
@@ -202,7 +202,7 @@ class TaggedCallReader:
         self._read = self._read_header
 
     def _read_header(self) -> bool:
-        tagged = self._opener == OPEN_TAG
+        tagged = self._closer == CLOSE_TAG
         close = self._buffer.find(CLOSE_TAG) if tagged else -1
         header = _read_call_header(self._buffer if close < 0 else self._buffer[:close])
         if header.name and (tagged or header.name in self._names):
@@ -221,7 +221,7 @@ class TaggedCallReader:
 
     def _finish_whole_call(self, length: int, *, closer: str) -> None:
         """Read a body that did not begin as usual: a call, or else text."""
-        call = _parse_call(self._buffer[:length]) if self._opener == OPEN_TAG else None
+        call = _parse_call(self._buffer[:length]) if self._closer == CLOSE_TAG else None
         if call is None:
             self._refuse()
             return

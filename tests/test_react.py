@@ -147,27 +147,9 @@ def test_reply_is_cut_at_stop_strings_as_published(case):
 
 # What is written below goes beyond the golden data.
 
-PIECES = st.sampled_from(
-    [
-        "Thought:",
-        "Action:",
-        "Action Input:",
-        "\n",
-        "\nAction:",
-        "\nAction Input:",
-        " ",
-        "f",
-        "{}",
-        "\nFinal Answer:",
-        "\nObservation:",
-        "Observation",
-        "x y",
-        '{"a": 1}',
-        "天气",
-        "\nAct",
-        "T",
-    ]
-)
+MARKS = ["Thought:", "Action:", "Action Input:", "\nAction:", "\nAction Input:", "\nFinal Answer:"]
+OTHERS = ["\n", " ", "f", "{}", "\nObservation:", "x y", '{"a": 1}', "天气", "\nAct", "T"]
+PIECES = st.sampled_from(MARKS + OTHERS)
 
 
 @given(
@@ -215,6 +197,11 @@ def test_thought_is_shown_once_its_call_is_certain():
     assert part.text == "I look."
     assert (part.calls[0].id, part.calls[0].name) == ("call_1", "f")
     assert reader.feed(": 1").calls[0].arguments == ": 1"
+
+
+def test_action_that_is_a_sentence_is_no_call():
+    text = "Thought: a\nAction: Call the f API\nAction Input: {}"
+    assert read(text) == (text, [])
 
 
 def test_action_without_input_is_text_as_soon_as_that_is_certain():
