@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from qwen.chat_format import ChatFormat, Segment, TextTokenizer
@@ -107,6 +107,8 @@ class PromptBuilder:
             )
 
         limits = self._limits(max_new_tokens)
+        if tools:
+            limits = replace(limits, advice="Shorten the message or send fewer tools.")
         newest = split_turns(messages)[-1]
         size = sum(map(_size, newest)) + sum(len(segment.text) for segment in prefix)
         limits.check_size("The message" if len(newest) == 1 else "The newest turn", size)
@@ -157,12 +159,17 @@ class PromptBuilder:
 
 @dataclass(frozen=True, slots=True)
 class _Limits:
-    """Budgets in tokens: as shown, for a prompt with history, and for one without."""
+    """Budgets in tokens: as shown, for a prompt with history, and for one without.
+
+    Attributes:
+        advice: What to do about a prompt that is too long.
+    """
 
     limit: int
     context_length: int
     with_history: int
     alone: int
+    advice: str = "Shorten the message or the system prompt."
 
     def check_size(self, what: str, size: int) -> None:
         """Raise `MessageTooLong` for a size in characters that cannot fit."""
@@ -182,7 +189,7 @@ class _Limits:
             parts = f"the system prompt needs {system:,} tokens and the message {query:,}"
         raise PromptTooLong(
             f"The prompt is too long: {parts}, but at most {self.alone:,} fit, even with all "
-            "earlier turns left out. Shorten the message or the system prompt."
+            f"earlier turns left out. {self.advice}"
         )
 
 

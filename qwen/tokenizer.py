@@ -342,7 +342,7 @@ class _TemplateChat:
             text: str = self.tokenizer.apply_chat_template(
                 chat, tools=tools or None, tokenize=False, add_generation_prompt=True
             )
-        except TemplateError:
+        except (TemplateError, TypeError):  # TypeError: a filter that takes no such value
             return None
         return text
 
