@@ -12,7 +12,7 @@ from qwen.prompt import PromptBuilder, check_conversation
 from qwen.react import ReactFormat, bare_stops, fold_messages, render_instruction
 from qwen.react_stream import ReactReader
 from qwen.text_stream import stream_until_stop
-from qwen.tokenizer import QWEN_SYSTEM
+from qwen.tokenizer import QWEN_SYSTEM, build_chat_format
 from qwen.tool_stream import read_calls
 
 GOLDEN = json.loads(
@@ -329,3 +329,24 @@ def test_tools_are_counted():
     messages = [Message("user", "hi")]
     more = prompt(messages).usage.prompt - prompt(messages, tools=()).usage.prompt
     assert more == len(render_instruction([WEATHER]))
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("case", GOLDEN["text_completion"], ids=lambda case: case["case"])
+def test_ids_of_the_published_prompt_are_those_of_the_published_tokenizer(case, embedded_v1_folder):
+    from qwen import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded_v1_folder)
+    source = parsed(case["case"])
+    messages = messages_of(source)
+    prefix = messages.pop().content if messages[-1].role == "assistant" else ""
+    chat_format = build_chat_format(tokenizer)
+    tools = tuple(tools_of(source))
+    request = ChatRequest(messages=tuple(messages), tools=tools, reply_prefix=prefix)
+    plan = chat_format.plan_reply(request)
+    build = PromptBuilder(tokenizer, chat_format=chat_format, context_length=8000)
+    ids = build.build_chat(messages, tools=tools, prefix=plan.prefix, max_new_tokens=1).ids
+    expected = tokenizer.encode(case["prompt"], allowed_special="all")
+    if case["case"] == "function_role_without_functions":  # there, the answer is asked for
+        expected += tokenizer.encode(plan.prefix[0].text)
+    assert list(ids) == expected
