@@ -119,11 +119,10 @@ class LocalBackend:
         stops = (*request.params.stop, *plan.stop)
         texts = stream_until_stop(stream_utf8(self._bytes(steps, reply)), stops)
         try:
-            for part in read_calls(texts, reader, heard=plan.heard):
-                reply.has_calls = reply.has_calls or bool(part.calls)
-                yield StreamEvent(
-                    text=part.text, tool_calls=part.calls, token_ids=reply.take_new_ids()
-                )
+            told = (StreamEvent(text=text, token_ids=reply.take_new_ids()) for text in texts)
+            for event in read_calls(told, reader, heard=plan.heard):
+                reply.has_calls = reply.has_calls or bool(event.tool_calls)
+                yield event
         finally:
             # After a stop string, an error or a client that left, the engine is still at work.
             _close(steps)

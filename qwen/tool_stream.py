@@ -8,22 +8,19 @@ or in a ```json fence, is read too if it names a tool that was offered.
 
 from __future__ import annotations
 
-import json
-import re
 import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from qwen.messages import ToolCallDelta
+from qwen.messages import StreamEvent, ToolCallDelta
+from qwen.tool_json import JsonValue, parse_call, parse_json, read_call_header
 
 OPEN_TAG = "<tool_call>"
 CLOSE_TAG = "</tool_call>"
 
 #: What else models put around a call; read only where a reply begins or after a call.
 _OTHER_FORMS = {"```json": "```", "<tools>": "</tools>"}
-
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,31 +49,31 @@ def new_call_id() -> str:
 
 
 def read_calls(
-    texts: Iterable[str], reader: CallReader | None, *, heard: str = ""
-) -> Iterator[ReplyPart]:
-    """Read calls out of a streamed reply.
+    events: Iterable[StreamEvent], reader: CallReader | None, *, heard: str = ""
+) -> Iterator[StreamEvent]:
+    """Read calls out of the text of a reply's events, and change nothing else in them.
 
     Args:
-        texts: Consecutive pieces of the reply.
-        reader: None passes the text on as it is.
+        events: Of a reply that is streamed.
+        reader: None passes the events on as they are.
         heard: The beginning of the reply that the model was given and does not write itself.
 
     Yields:
-        What `heard` has, if anything; one part (maybe empty) for each piece; at the end, if
+        What `heard` has, if anything; each event, its text and calls told apart; at the end, if
         anything was held back, one more.
     """
     if reader is None:
-        for text in texts:
-            yield ReplyPart(text)
+        yield from events
         return
     first = reader.feed(heard)
     if first != ReplyPart():
-        yield first
-    for text in texts:
-        yield reader.feed(text)
+        yield StreamEvent(text=first.text, tool_calls=first.calls)
+    for event in events:
+        part = reader.feed(event.text)
+        yield replace(event, text=part.text, tool_calls=part.calls)
     last = reader.end()
     if last != ReplyPart():
-        yield last
+        yield StreamEvent(text=last.text, tool_calls=last.calls)
 
 
 class CallWriter:
@@ -138,7 +135,7 @@ class TaggedCallReader:
         self._buffer = ""
         self._at_start = True
         self._opener = self._closer = ""
-        self._value = _JsonValue()
+        self._value = JsonValue()
 
     def feed(self, text: str) -> ReplyPart:
         """See `CallReader.feed`."""
@@ -204,11 +201,11 @@ class TaggedCallReader:
     def _read_header(self) -> bool:
         tagged = self._closer == CLOSE_TAG
         close = self._buffer.find(CLOSE_TAG) if tagged else -1
-        header = _read_call_header(self._buffer if close < 0 else self._buffer[:close])
+        header = read_call_header(self._buffer if close < 0 else self._buffer[:close])
         if header.name and (tagged or header.name in self._names):
             self._out.call(header.name)
             self._buffer = self._buffer[header.end :]
-            self._value = _JsonValue()
+            self._value = JsonValue()
             self._read = self._read_arguments
             return True
         if close >= 0:
@@ -221,7 +218,7 @@ class TaggedCallReader:
 
     def _finish_whole_call(self, length: int, *, closer: str) -> None:
         """Read a body that did not begin as usual: a call, or else text."""
-        call = _parse_call(self._buffer[:length]) if self._closer == CLOSE_TAG else None
+        call = parse_call(self._buffer[:length]) if self._closer == CLOSE_TAG else None
         if call is None:
             self._refuse()
             return
@@ -287,7 +284,7 @@ class TaggedCallReader:
     def _give_arguments(self, text: str) -> None:
         """Give out the last part; arguments that are JSON within a string are taken out of it."""
         if self._value.is_text:
-            inner = _parse_json(text)
+            inner = parse_json(text)
             text = inner if isinstance(inner, str) else text
         self._out.arguments(text)
 
@@ -296,119 +293,3 @@ class TaggedCallReader:
             self._at_start = False
             self._out.text(self._buffer[:length])
             self._buffer = self._buffer[length:]
-
-
-class _JsonValue:
-    """Finds the end of a JSON value in a text that grows at its end.
-
-    Attributes:
-        is_text: The value is a JSON string.
-    """
-
-    def __init__(self) -> None:
-        self.is_text = False
-        self._first = ""
-        self._place = 0
-        self._depth = 0
-        self._in_string = self._escaped = False
-
-    @property
-    def has_begun(self) -> bool:
-        return bool(self._first)
-
-    def forget(self, length: int) -> None:
-        """Say that so many characters were taken off the front of the text."""
-        self._place -= length
-
-    def find_end(self, text: str) -> int | None:
-        """Return the place after the value; None while it goes on."""
-        while self._place < len(text):
-            character = text[self._place]
-            if not self._first and not character.isspace():
-                self._first = character
-                self.is_text = character == '"'
-            if self._first and self._first not in '{["' and character in ",}] \t\r\n":
-                return self._place
-            self._place += 1
-            if self._ends_with(character):
-                return self._place
-        return None
-
-    def _ends_with(self, character: str) -> bool:
-        if self._in_string:
-            if self._escaped:
-                self._escaped = False
-            elif character == "\\":
-                self._escaped = True
-            elif character == '"':
-                self._in_string = False
-                return self._depth == 0 and self.is_text
-        elif character == '"':
-            self._in_string = True
-        elif character in "{[":
-            self._depth += 1
-        elif character in "}]":
-            self._depth -= 1
-            return self._depth <= 0
-        return False
-
-
-@dataclass(frozen=True, slots=True)
-class _Header:
-    """The beginning of a call's object up to its arguments; `name` is "" unless it is whole."""
-
-    name: str = ""
-    end: int = 0
-    is_partial: bool = False
-
-
-def _read_call_header(text: str) -> _Header:
-    name = ""
-    place = 0
-    for wanted in (
-        ("{",),
-        ('"name"',),
-        (":",),
-        (),
-        (",",),
-        ('"arguments"', '"parameters"'),
-        (":",),
-    ):
-        place = len(text) - len(text[place:].lstrip())
-        rest = text[place:]
-        if not wanted:  # the name itself
-            found = _STRING.match(rest)
-            if found is None:
-                return _Header(is_partial=rest[:1] in ("", '"'))
-            parsed = _parse_json(found.group())
-            if not isinstance(parsed, str) or not parsed:
-                return _Header()
-            name = parsed
-            place += found.end()
-            continue
-        mark = next((mark for mark in wanted if rest.startswith(mark)), None)
-        if mark is None:
-            return _Header(is_partial=any(mark.startswith(rest) for mark in wanted))
-        place += len(mark)
-    return _Header(name=name, end=len(text) - len(text[place:].lstrip()))
-
-
-def _parse_call(body: str) -> tuple[str, str] | None:
-    """Read a whole call's name and arguments, in any order; None if it is no call."""
-    call = _parse_json(body)
-    if not isinstance(call, dict):
-        return None
-    name = call.get("name")
-    if not isinstance(name, str) or not name:
-        return None
-    arguments = call.get("arguments", call.get("parameters", {}))
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return name, arguments
-
-
-def _parse_json(text: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None

@@ -22,6 +22,7 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen.carriers": (0, ""),
     "qwen.messages": (0.5, ""),
     "qwen.load_options": (0, ""),
+    "qwen.tool_json": (0, ""),
     "qwen.tool_stream": (0.7, ""),
     "qwen.tool_prompt": (0.7, ""),
     "qwen.chat_format": (0.8, ""),

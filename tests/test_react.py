@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from qwen.chat_format import ChatMLFormat, Segment
 from qwen.errors import InvalidConversation
-from qwen.messages import ChatRequest, Message, SamplingParams, Tool, ToolCall
+from qwen.messages import ChatRequest, Message, SamplingParams, StreamEvent, Tool, ToolCall
 from qwen.prompt import PromptBuilder, check_conversation
 from qwen.react import ReactFormat, bare_stops, fold_messages, render_instruction
 from qwen.react_stream import ReactReader
@@ -82,8 +82,8 @@ def read(text, sizes=(1,), **options):
         pieces.append(text[place : place + sizes[index % len(sizes)]])
         place += len(pieces[-1])
         index += 1
-    parts = list(read_calls(pieces, reader))
-    return "".join(p.text for p in parts), call_of([c for p in parts for c in p.calls])
+    parts = list(read_calls(map(StreamEvent, pieces), reader))
+    return "".join(p.text for p in parts), call_of([c for p in parts for c in p.tool_calls])
 
 
 CONVERSATIONS = [case["name"] for case in GOLDEN["parse_messages"] if "error" not in case]
@@ -266,7 +266,7 @@ def test_reply_to_a_result_without_tools_is_made_to_be_the_answer(options):
     plan = REACT.plan_reply(request(Message("user", "q"), CALL, RESULT, **options))
     text = "".join(segment.text for segment in plan.prefix)
     assert text == " I now know the final answer.\nFinal Answer:"
-    parts = read_calls([" It is\nAction: f\nAction Input: {}"], plan.build_reader())
+    parts = read_calls([StreamEvent(" It is\nAction: f\nAction Input: {}")], plan.build_reader())
     assert "".join(p.text for p in parts) == "It is\nAction: f\nAction Input: {}"
 
 

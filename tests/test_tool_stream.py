@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen.messages import ToolCallDelta
+from qwen.messages import StreamEvent, ToolCallDelta
 from qwen.tool_stream import ReplyPart, TaggedCallReader, new_call_id, read_calls
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
@@ -17,14 +17,14 @@ def parts_of(text, sizes=(1,), heard=""):
         pieces.append(text[place : place + sizes[index % len(sizes)]])
         place += len(pieces[-1])
         index += 1
-    return list(read_calls(pieces, reader, heard=heard))
+    return list(read_calls(map(StreamEvent, pieces), reader, heard=heard))
 
 
 def read(text, sizes=(1,), heard=""):
     """Read a reply cut into pieces of these sizes: its text and its calls."""
     parts = parts_of(text, sizes, heard)
     calls = {}
-    for delta in (delta for part in parts for delta in part.calls):
+    for delta in (delta for part in parts for delta in part.tool_calls):
         name, arguments = calls.get(delta.index, ("", ""))
         calls[delta.index] = (name + delta.name, arguments + delta.arguments)
     return "".join(part.text for part in parts), list(calls.values())
@@ -129,13 +129,14 @@ def test_tag_that_is_none_is_given_out_as_soon_as_that_is_certain():
 def test_what_was_put_in_the_models_mouth_counts_as_its_own():
     heard = '<tool_call>\n{"name": "f", "arguments":'
     parts = parts_of(' {"a": 1}}\n</tool_call>', (3,), heard)
-    assert parts[0].calls == (ToolCallDelta(index=0, id="call_1", name="f"),)
+    assert parts[0].tool_calls == (ToolCallDelta(index=0, id="call_1", name="f"),)
     assert read(' {"a": 1}}\n</tool_call>', heard=heard) == ("", [("f", '{"a": 1}')])
 
 
-def test_each_piece_gives_one_part():
-    parts = parts_of(f"ab {CALL} cd", (4,))
-    assert len(parts) == len(range(0, len(f"ab {CALL} cd"), 4))
+def test_each_event_stays_one_with_all_else_that_it_tells():
+    events = [StreamEvent(text=c, token_ids=(i,)) for i, c in enumerate(f"ab {CALL} cd")]
+    read_events = list(read_calls(events, TaggedCallReader([])))
+    assert [event.token_ids for event in read_events] == [event.token_ids for event in events]
 
 
 def test_ids_of_calls_differ():
