@@ -42,7 +42,8 @@ ROOMS: dict[str, tuple[float, str]] = {
     # Where weights come from.
     "qwen.weights_cache": (1.5, "filelock"),
     "qwen.gguf_header": (1, "gguf"),
-    "qwen.tokenizer": (1.5, "tokenizers jinja2"),
+    "qwen.chat_template": (1.4, "jinja2"),
+    "qwen.tokenizer": (1.5, "tokenizers"),
     "qwen.hub": (2, "httpx huggingface_hub modelscope tqdm"),
     "qwen.gguf": (2, "torch transformers tokenizers"),
     "qwen.download": (2.2, "httpx"),

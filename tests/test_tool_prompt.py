@@ -6,11 +6,12 @@ from hypothesis import strategies as st
 from tiny_model import CHATML_TEMPLATE, TOOL_TEMPLATE, build_byte_tokenizer
 from transformers import AutoTokenizer
 
+from qwen.chat_template import TemplateFormat
 from qwen.errors import InvalidConversation, InvalidRequest, MessageTooLong
 from qwen.messages import ChatRequest, Message, Tool, ToolCall
 from qwen.prompt import PromptBuilder
 from qwen.react import ReactFormat
-from qwen.tokenizer import TemplateFormat, build_chat_format, build_text_tokenizer
+from qwen.tokenizer import build_chat_format, build_text_tokenizer
 from qwen.tool_prompt import build_call_value, build_tool_value, check_tools, pair_results
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
