@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen.backend import BackendInfo, MemoryUse, ReportProgress, ignore_progress
-from qwen.chat_format import ChatFormat, TextTokenizer
+from qwen.chat_format import ChatFormat, ReplyPlan, TextTokenizer
 from qwen.checkpoint import parse_checkpoint
 from qwen.devices import describe_devices
 from qwen.engine import Engine, EngineStep
@@ -38,6 +38,8 @@ from qwen.prompt import Prompt, PromptBuilder
 from qwen.text_stream import stream_until_stop, stream_utf8
 from qwen.token_log import LoggedToken, TokenLog
 from qwen.tokenizer import build_chat_format, build_text_tokenizer
+from qwen.tool_prompt import check_tools, offered_tools
+from qwen.tool_stream import read_calls
 
 if TYPE_CHECKING:
     from qwen.decoder import Decoder
@@ -76,6 +78,7 @@ class LocalBackend:
         self._engine = engine
         self._tokenizer = tokenizer
         self._info = info
+        self._format = chat_format
         self._prompts = PromptBuilder(
             tokenizer,
             chat_format=chat_format,
@@ -112,7 +115,10 @@ class LocalBackend:
         self, request: ChatRequest, cancel: threading.Event, reply: _Reply
     ) -> Iterator[StreamEvent]:
         prompt = self._build_prompt(request)
+        plan = self._plan_reply(request)
+        reader = plan.build_reader() if plan.build_reader is not None else None
         steps = self._engine.submit(prompt.ids, request.params, cancel=cancel)
+        stops = (*request.params.stop, *plan.stop)
         try:
             yield StreamEvent(context=prompt.usage)
             for step in steps:
@@ -121,16 +127,15 @@ class LocalBackend:
                 yield StreamEvent(queued=step.queued)
             begun = itertools.chain([step], steps)
             decoded = reply.log.count(stream_utf8(self._bytes(begun, reply)))
-            texts = stream_until_stop(decoded, request.params.stop)
-            for text in texts:
-                yield reply.event(text)
-            if reply.has_log and reply.is_over and (rest := reply.log.rest()):
-                yield _logged_event("", rest)
+            told = reply.events(stream_until_stop(decoded, stops))
+            for event in read_calls(told, reader, heard=plan.heard):
+                reply.has_calls = reply.has_calls or bool(event.tool_calls)
+                yield event
         finally:
             # After a stop string, an error or a client that left, the engine is still at work.
             steps.close()
         yield StreamEvent(
-            finish_reason=reply.finish_reason,
+            finish_reason=reply.end_reason(),
             usage=Usage(len(prompt.ids), reply.num_tokens),
             timing=reply.timing(),
         )
@@ -166,6 +171,8 @@ class LocalBackend:
         if request.raw_prompt is not None:
             if request.messages:
                 raise InvalidRequest("Send either messages or a raw prompt, not both.")
+            if request.tools:
+                raise InvalidRequest("A raw prompt has no tools. Send messages to use them.")
             return self._prompts.build_raw(
                 request.raw_prompt + request.reply_prefix,
                 max_new_tokens=max_new_tokens,
@@ -179,9 +186,16 @@ class LocalBackend:
         return self._prompts.build_chat(
             request.messages,
             max_new_tokens=max_new_tokens,
-            reply_prefix=request.reply_prefix,
+            tools=offered_tools(request),
+            prefix=self._plan_reply(request).prefix,
             allow_empty=allow_empty,
         )
+
+    def _plan_reply(self, request: ChatRequest) -> ReplyPlan:
+        if request.raw_prompt is not None or self._format is None:
+            return ReplyPlan()
+        check_tools(request)
+        return self._format.plan_reply(request)
 
 
 @dataclass
@@ -204,6 +218,7 @@ class _Reply:
     first: float = 0.0
     last: float = 0.0
     log: TokenLog = field(default_factory=TokenLog)
+    has_calls: bool = False
     _new_ids: list[int] = field(default_factory=list)
 
     def add(self, token_id: int) -> None:
@@ -212,16 +227,25 @@ class _Reply:
         self.num_tokens += 1
         self._new_ids.append(token_id)
 
-    def event(self, text: str) -> StreamEvent:
-        """Return the event that shows a text."""
-        if self.has_log:
-            return _logged_event(text, self.log.show(text))
-        return StreamEvent(text=text, token_ids=self.take_new_ids())
+    def events(self, texts: Iterable[str]) -> Iterator[StreamEvent]:
+        """Yield the events that show these texts."""
+        for text in texts:
+            if self.has_log:
+                yield _logged_event(text, self.log.show(text))
+            else:
+                yield StreamEvent(text=text, token_ids=self.take_new_ids())
+        if self.has_log and self.is_over and (rest := self.log.rest()):
+            yield _logged_event("", rest)
 
     def take_new_ids(self) -> tuple[int, ...]:
         """Return the tokens added since the last call."""
         ids, self._new_ids = tuple(self._new_ids), []
         return ids
+
+    def end_reason(self) -> FinishReason:
+        """Return why the reply ended; "tool_calls" where it ended by itself and made calls."""
+        made_calls = self.has_calls and self.finish_reason == "stop"
+        return "tool_calls" if made_calls else self.finish_reason
 
     def timing(self) -> Timing:
         """Return the times; without a token, the time until the end counts as that to the first."""
