@@ -122,10 +122,7 @@ class LocalBackend:
             begun = itertools.chain([step], steps)
             decoded = reply.log.count(stream_utf8(self._bytes(begun, reply)))
             texts = stream_until_stop(decoded, request.params.stop)
-            for text in texts:
-                yield reply.event(text)
-            if reply.has_log and reply.is_over and (rest := reply.log.rest()):
-                yield _logged_event("", rest)
+            yield from reply.events(texts)
         finally:
             # After a stop string, an error or a client that left, the engine is still at work.
             steps.close()
@@ -212,11 +209,15 @@ class _Reply:
         self.num_tokens += 1
         self._new_ids.append(token_id)
 
-    def event(self, text: str) -> StreamEvent:
-        """Return the event that shows a text."""
-        if self.has_log:
-            return _logged_event(text, self.log.show(text))
-        return StreamEvent(text=text, token_ids=self.take_new_ids())
+    def events(self, texts: Iterable[str]) -> Iterator[StreamEvent]:
+        """Yield the events that show these texts."""
+        for text in texts:
+            if self.has_log:
+                yield _logged_event(text, self.log.show(text))
+            else:
+                yield StreamEvent(text=text, token_ids=self.take_new_ids())
+        if self.has_log and self.is_over and (rest := self.log.rest()):
+            yield _logged_event("", rest)
 
     def take_new_ids(self) -> tuple[int, ...]:
         """Return the tokens added since the last call."""

@@ -224,7 +224,7 @@ def test_required_tool_is_called_and_its_result_is_read(client):
         reply.choices[0].message.model_dump(),
         {"role": "tool", "tool_call_id": call.id, "content": '{"temperature": 22}'},
     ]
-    answer = chat(client, history, tools=tools)
+    answer = chat(client, history, tools=tools, tool_choice="none")
     assert "22" in answer.choices[0].message.content
 
 
@@ -252,7 +252,7 @@ def test_functions_of_2023_are_called_and_their_result_is_read(client):
         {"role": "assistant", "content": None, "function_call": call.model_dump()},
         {"role": "function", "name": call.name, "content": '{"temperature": 22}'},
     ]
-    answer = chat(client, history, functions=[WEATHER])
+    answer = chat(client, history, functions=[WEATHER], function_call="none")
     assert "22" in answer.choices[0].message.content
 
 
