@@ -28,6 +28,9 @@ WEATHER = {
 }
 ASK_WEATHER = [{"role": "user", "content": "What is the weather like in Boston now?"}]
 
+#: So small a model needs to be told that it is to answer now.
+FOLLOW_UP = {"role": "user", "content": "So how warm is it there? One sentence."}
+
 
 @pytest.fixture(scope="module")
 def api(embedded_backend):
@@ -223,6 +226,7 @@ def test_required_tool_is_called_and_its_result_is_read(client):
         *ASK_WEATHER,
         reply.choices[0].message.model_dump(),
         {"role": "tool", "tool_call_id": call.id, "content": '{"temperature": 22}'},
+        FOLLOW_UP,
     ]
     answer = chat(client, history, tools=tools, tool_choice="none")
     assert "22" in answer.choices[0].message.content
@@ -251,6 +255,7 @@ def test_functions_of_2023_are_called_and_their_result_is_read(client):
         *ASK_WEATHER,
         {"role": "assistant", "content": None, "function_call": call.model_dump()},
         {"role": "function", "name": call.name, "content": '{"temperature": 22}'},
+        FOLLOW_UP,
     ]
     answer = chat(client, history, functions=[WEATHER], function_call="none")
     assert "22" in answer.choices[0].message.content
