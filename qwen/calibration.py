@@ -233,11 +233,12 @@ def _chat_ids(
         return []  # a template that knows no such turns; the texts remain
     ids: list[int] = []
     for segment in (*segments, Segment(messages[-1].content, is_control=False)):
-        ids += _segment_ids(tokenizer, segment)
+        ids += encode_segment(tokenizer, segment)
     return ids
 
 
-def _segment_ids(tokenizer: TextTokenizer, segment: Segment) -> list[int]:
+def encode_segment(tokenizer: TextTokenizer, segment: Segment) -> list[int]:
+    """Encode a piece of a prompt, with its control tokens where it may have them."""
     if not segment.is_control:
         return tokenizer.encode_text(segment.text)
     ids: list[int] = []

@@ -11,16 +11,28 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from qwen.decoder import Decoder, DecoderSequence, ForwardParts, Piece, finish, project
-from qwen.decoder_ops import Span, TorchOps, attend_rows, rotate_and_store, rows_mask
+from qwen.decoder import (
+    Decoder,
+    DecoderSequence,
+    ForwardParts,
+    Piece,
+    RotaryTable,
+    finish,
+    project,
+)
+from qwen.decoder_ops import TorchOps, place_rows
 from qwen.kv_slots import KvSlot, KvSlots
+from qwen.rope import logn_factor, rotary_tables
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +42,15 @@ _FIRST_CAPACITY = 2048
 _FIRST_BUCKET = 256
 #: Inductor's search among kernels for one row: 5 % faster than its defaults on an H200.
 _COMPILE_OPTIONS: Mapping[str, bool] = MappingProxyType({"coordinate_descent_tuning": True})
+
+
+@dataclass(frozen=True, slots=True)
+class StepParts:
+    """What a step is computed with: a layer, and `place_rows`; both may be compiled."""
+
+    layer: ForwardParts
+    place: Callable[..., Tensor]
+
 
 #: Does some work once, and returns what does it again and where the result then is.
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
@@ -44,7 +65,8 @@ class GraphedDecoder(Decoder):
     Args:
         model: See `Decoder`.
         record: Records a graph; a test on a CPU passes one that just repeats the work.
-        compile_parts: Compiles the layers' parts; None leaves them as they are.
+        compile_parts: Compiles the layers' parts, for one row or for several; None leaves them as
+            they are.
     """
 
     def __init__(
@@ -52,7 +74,7 @@ class GraphedDecoder(Decoder):
         model: Any,
         *,
         record: Record | None = None,
-        compile_parts: Callable[[], ForwardParts] | None = None,
+        compile_parts: Callable[[bool], StepParts] | None = None,
     ) -> None:
         super().__init__(model)
         self._record = record or record_cuda_graph
@@ -60,8 +82,9 @@ class GraphedDecoder(Decoder):
         self._graphs: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
         self._recorded_at = 0
         self._inputs: dict[int, _StepInputs] = {}
-        self._step_parts = self._parts
-        self._compiled: ForwardParts | None = None
+        plain = StepParts(self._parts, place=place_rows)
+        self._step_parts = {True: plain, False: plain}  # for one row and for several
+        self._compiled: deque[tuple[bool, StepParts]] = deque()
         if compile_parts is not None:
             threading.Thread(
                 target=self._compile, args=(compile_parts,), name="compile", daemon=True
@@ -124,8 +147,9 @@ class GraphedDecoder(Decoder):
         return [logits[i] if piece.wants_logits else None for i, piece in enumerate(pieces)]
 
     def _take_slot(self, capacity: int, max_capacity: int | None) -> KvSlot:
-        if self._compiled is not None:
-            self._step_parts, self._compiled = self._compiled, None
+        while self._compiled:
+            is_single, parts = self._compiled.popleft()
+            self._step_parts[is_single] = parts
             self._graphs.clear()
         if self._slots is None:
             weights = self._weights
@@ -144,56 +168,24 @@ class GraphedDecoder(Decoder):
         """Read one token of each sequence by a graph; returns their logits, in order."""
         slots = self._slots
         assert slots is not None
-        for slot in slots.used:  # also where nothing is read, see `_rows`
+        for slot in slots.used:  # also where nothing is read, see `_StepInputs.write`
             slot.reserve(slot.length + 1)
-        for piece in pieces:
-            piece.sequence.table.reserve(slots.capacity)
         own = [_index(piece) for piece in pieces]
         rows = 1
         # Every slot before the last one that is read has a row, even if it has nothing to read.
         while rows <= max(own):
             rows *= 2
         slots.grow(rows, capacity=0)
-        spans, ids = self._rows(pieces, rows)
-        inputs = self._inputs.get(rows)
-        if inputs is None:
-            inputs = self._inputs[rows] = _StepInputs(ids, spans)
-        inputs.write(ids, spans)
+        if rows not in self._inputs:
+            self._inputs[rows] = _StepInputs(rows, pieces[0].sequence.table)
+        inputs = self._inputs[rows]
+        inputs.write(dict(zip(own, pieces, strict=True)), slots.used)
         furthest = max(piece.sequence.store.length for piece in pieces)
         replay, logits = self._graph(inputs, rows, furthest)
         replay()
         for piece in pieces:
             piece.sequence.store.length += 1
         return [logits[index] for index in own]
-
-    def _rows(self, pieces: Sequence[Piece], rows: int) -> tuple[Span, Tensor]:
-        """Gather where each row's token stands, and the tokens.
-
-        A row without a token writes to the next free position of its slot, where it does no harm.
-        """
-        assert self._slots is not None
-        used = self._slots.used
-        places = [used[i].length if i < len(used) else 0 for i in range(rows)]
-        by_row = {_index(piece): piece for piece in pieces}
-        any_piece = pieces[0]
-        ids, cos, sin, logn = [], [], [], []
-        for row in range(rows):
-            piece = by_row.get(row, any_piece)
-            table, place = piece.sequence.table, piece.sequence.store.length
-            ids.append(piece.ids)
-            cos.append(table.cos[place])
-            sin.append(table.sin[place])
-            if table.logn is not None:
-                logn.append(table.logn[place])
-        span = Span(
-            start=0,
-            length=0,
-            positions=torch.tensor(places, device=self.device),
-            cos=torch.stack(cos),
-            sin=torch.stack(sin),
-            logn=torch.stack(logn) if logn else None,
-        )
-        return span, torch.cat(ids)
 
     def _graph(
         self, inputs: _StepInputs, rows: int, position: int
@@ -212,88 +204,147 @@ class GraphedDecoder(Decoder):
             bucket *= 2
         bucket = min(bucket, slots.capacity)
         if (rows, bucket) not in self._graphs:
-            span = inputs.span(bucket)
-            work = self._one_row if rows == 1 else self._many_rows
-            self._graphs[rows, bucket] = self._record(lambda: work(slots, inputs.ids, span))
+            parts = self._step_parts[rows == 1]
+            self._graphs[rows, bucket] = self._record(
+                lambda: self._read_rows(slots, inputs, bucket, parts)
+            )
         return self._graphs[rows, bucket]
 
-    def _one_row(self, slots: KvSlots, ids: Tensor, span: Span) -> Tensor:
-        store = KvSlot(slots, 0)
-        return self.logits(self.forward(ids, span, store, parts=self._step_parts))
-
-    def _many_rows(self, slots: KvSlots, ids: Tensor, span: Span) -> Tensor:
-        mask, scale, rows = rows_mask(span), self._weights.scale, len(ids)
+    def _read_rows(
+        self, slots: KvSlots, inputs: _StepInputs, bucket: int, parts: StepParts
+    ) -> Tensor:
+        """Compute a step: (rows, vocab_size), from what lies in `inputs`."""
+        positions, scale = inputs.positions, self._weights.scale
+        rows = len(positions)
+        cos, sin, logn = inputs.rotation()
+        places = slots.places(positions)
+        mask = torch.arange(bucket, device=self.device) <= positions[:, None]
 
         def attend(index: int, qkv: Tensor) -> Tensor:
-            return attend_rows(qkv, *slots.layer(index, rows), span, mask, scale=scale)
+            keys, values = slots.layer(index, rows)
+            dim = keys.shape[-1]
+            flat = keys.view(-1, dim), values.view(-1, dim)
+            query = parts.place(qkv, *flat, places, cos, sin, logn)
+            mixed = scaled_dot_product_attention(
+                query,
+                keys[:, :, :bucket],
+                values[:, :, :bucket],
+                attn_mask=mask[:, None, None],
+                scale=scale,
+            )
+            return mixed.reshape(rows, -1)
 
-        return self.logits(self._layers(ids, attend, self._parts))
+        return self.logits(self._layers(inputs.ids, attend, parts.layer))
 
-    def _compile(self, compile_parts: Callable[[], ForwardParts]) -> None:
-        """Compile on this thread, by running the parts on memory of their own."""
-        try:
-            with torch.inference_mode():
-                parts = compile_parts()
-                store = self._new_store(_FIRST_BUCKET, None, is_blank=True)
-                table, _ = self._table(1)
-                table.reserve(store.capacity)
-                ids = torch.zeros(1, dtype=torch.int64, device=self.device)
-                self.forward(ids, table.span(0, 1, length=_FIRST_BUCKET), store, parts=parts)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:500] or type(error).__name__
-            logger.warning("Decoding without compiled layers, which is slower: %s", reason)
-            return
-        self._compiled = parts
-        logger.info("The decoder's layers are compiled")
+    def _compile(self, compile_parts: Callable[[bool], StepParts]) -> None:
+        """Compile on this thread, by running the parts on memory of their own.
 
+        One row comes first: it is one user's reply. Then any number of rows at once.
+        """
+        for is_single in (True, False):
+            try:
+                with torch.inference_mode():
+                    parts = compile_parts(is_single)
+                    self._try_parts(parts, 1 if is_single else 8)
+            except Exception as error:
+                reason = " ".join(str(error).split())[:500] or type(error).__name__
+                logger.warning("Decoding without compiled layers, which is slower: %s", reason)
+                return
+            self._compiled.append((is_single, parts))
+            which = "one user" if is_single else "several users"
+            logger.info("The decoder's layers are compiled for %s", which)
 
-def compile_layer_parts() -> ForwardParts:
-    """Compile what comes before and after attention; attention itself has its kernels."""
-
-    def compiled(
-        function: Callable[..., Tensor], *, dynamic: bool = False
-    ) -> Callable[..., Tensor]:
-        options: dict[str, Any] = dict(_COMPILE_OPTIONS)
-        result: Callable[..., Tensor] = torch.compile(
-            function, fullgraph=True, dynamic=dynamic, options=options
+    def _try_parts(self, parts: StepParts, rows: int) -> None:
+        """Run each part of a step once."""
+        weights, (table, _) = self._weights, self._table(1)
+        layer = weights.layers[0]
+        inputs = _StepInputs(rows, table)
+        hidden = torch.zeros(
+            rows, weights.embedding.shape[1], dtype=self._dtype, device=self.device
         )
+        memory = torch.zeros(
+            2, rows * weights.num_kv_heads * 4, weights.head_dim, dtype=self._dtype,
+            device=self.device,
+        )  # fmt: skip
+        places = torch.arange(rows * weights.num_kv_heads, device=self.device)
+        cos, sin, logn = inputs.rotation()
+        keys, values = memory[0], memory[1]
+        for tensor in (keys, values):
+            torch._dynamo.mark_dynamic(tensor, 0, min=2)
+        if rows > 1:
+            varying = (hidden, places, cos, sin, *([] if logn is None else [logn]))
+            for tensor in varying:
+                torch._dynamo.mark_dynamic(tensor, 0, min=2)
+        project, finish, ops = parts.layer.project, parts.layer.finish, parts.layer.ops
+        qkv = project(ops, layer, hidden, weights.eps)
+        if rows > 1:
+            torch._dynamo.mark_dynamic(qkv, 0, min=2)
+        query = parts.place(qkv, keys, values, places, cos, sin, logn)
+        attended = query.reshape(rows, -1)
+        if rows > 1:
+            torch._dynamo.mark_dynamic(attended, 0, min=2)
+        finish(ops, layer, hidden, attended, weights.eps)
+
+
+def compile_step_parts(is_single: bool) -> StepParts:
+    """Compile what comes before and after attention; attention itself has its kernels.
+
+    Args:
+        is_single: For one row; else for any number of them, which the first call marks.
+    """
+
+    def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        options: dict[str, Any] = dict(_COMPILE_OPTIONS) if is_single else {}
+
+        def own(*arguments: Any) -> Tensor:  # torch keeps compiled code by function
+            return function(*arguments)
+
+        result: Callable[..., Tensor] = torch.compile(own, fullgraph=True, options=options)
         return result
 
-    # The store's size differs from call to call: compiled for one, each other one would take
-    # seconds in the middle of a reply.
-    ops = TorchOps(rotate=compiled(rotate_and_store, dynamic=True))
-    return ForwardParts(ops, project=compiled(project), finish=compiled(finish))
+    layer = ForwardParts(TorchOps(), project=compiled(project), finish=compiled(finish))
+    return StepParts(layer, place=compiled(place_rows))
 
 
 class _StepInputs:
-    """The fixed places of what differs from token to token."""
+    """The fixed places of what differs from step to step: tokens, positions, frequencies.
 
-    def __init__(self, ids: Tensor, span: Span) -> None:
-        self.ids = ids.clone()
-        self._span = span
-        self._positions = span.positions.clone()
-        self._cos, self._sin = span.cos.clone(), span.sin.clone()
-        self._logn = None if span.logn is None else span.logn.clone()
+    Args:
+        rows: Of the step.
+        table: Of any sequence of the model.
+    """
 
-    def write(self, ids: Tensor, span: Span) -> None:
-        """Write the next token's."""
-        self.ids.copy_(ids)
-        self._positions.copy_(span.positions)
-        self._cos.copy_(span.cos)
-        self._sin.copy_(span.sin)
-        if self._logn is not None and span.logn is not None:
-            self._logn.copy_(span.logn)
+    def __init__(self, rows: int, table: RotaryTable) -> None:
+        device = table.inv_freq.device
+        self._both = torch.zeros(2, rows, dtype=torch.int64, device=device)
+        self.ids, self.positions = self._both[0], self._both[1]
+        # Written on the CPU, from where they cross at once without waiting.
+        self._staged = torch.zeros(2, rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._inv_freq = table.inv_freq.repeat(rows, 1)
+        self._tables: list[RotaryTable | None] = [None] * rows
+        self._scale, self._logn_length = table.scale, table.logn_length
 
-    def span(self, bucket: int) -> Span:
-        """Return a span on these places that looks at the whole bucket."""
-        return Span(
-            start=0,
-            length=bucket,
-            positions=self._positions,
-            cos=self._cos,
-            sin=self._sin,
-            logn=self._logn,
-        )
+    def write(self, pieces: Mapping[int, Piece], used: Sequence[KvSlot]) -> None:
+        """Write the next step's.
+
+        A row without a token writes to the next free position of its slot, where it does no harm.
+        """
+        for row, slot in enumerate(used[: len(self._tables)]):
+            self._staged[1, row] = slot.length
+        for row, piece in pieces.items():
+            self._staged[0, row] = piece.ids[0]
+            table = piece.sequence.table
+            if self._tables[row] is not table:
+                self._tables[row] = table
+                self._inv_freq[row].copy_(table.inv_freq)
+        self._both.copy_(self._staged, non_blocking=True)
+
+    def rotation(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Compute cosines and sines (rows, 1, rotary_dim) and log-n factors (rows, 1)."""
+        positions = self.positions[:, None]
+        cos, sin = rotary_tables(positions, self._inv_freq)
+        logn = None if self._logn_length is None else logn_factor(positions, self._logn_length)
+        return cos * self._scale, sin * self._scale, logn
 
 
 def _index(piece: Piece) -> int:

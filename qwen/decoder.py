@@ -33,7 +33,7 @@ class RotaryTable:
     """
 
     def __init__(self, inv_freq: Tensor, *, scale: float, logn_length: int | None) -> None:
-        self._inv_freq, self._scale, self._logn_length = inv_freq, scale, logn_length
+        self.inv_freq, self.scale, self.logn_length = inv_freq, scale, logn_length
         empty = inv_freq.new_empty(0, 2 * inv_freq.shape[0])
         self.cos, self.sin = empty, empty
         self.logn: Tensor | None = None
@@ -42,11 +42,11 @@ class RotaryTable:
         """Have rows for so many positions."""
         if length <= len(self.cos):
             return
-        positions = torch.arange(length, device=self._inv_freq.device)[None]
-        cos, sin = rotary_tables(positions, self._inv_freq[None])
-        self.cos, self.sin = cos[0] * self._scale, sin[0] * self._scale
-        if self._logn_length is not None:
-            self.logn = logn_factor(positions, self._logn_length)[0].contiguous()
+        positions = torch.arange(length, device=self.inv_freq.device)[None]
+        cos, sin = rotary_tables(positions, self.inv_freq[None])
+        self.cos, self.sin = cos[0] * self.scale, sin[0] * self.scale
+        if self.logn_length is not None:
+            self.logn = logn_factor(positions, self.logn_length)[0].contiguous()
 
     def span(self, start: int, tokens: int, *, length: int) -> Span:
         """Return the rows of new tokens; `length` as in `Span`."""
@@ -54,7 +54,7 @@ class RotaryTable:
         return Span(
             start=start,
             length=length,
-            positions=torch.arange(start, stop, device=self._inv_freq.device),
+            positions=torch.arange(start, stop, device=self.inv_freq.device),
             cos=self.cos[start:stop],
             sin=self.sin[start:stop],
             logn=None if self.logn is None else self.logn[start:stop],
@@ -78,7 +78,7 @@ class Piece:
     """The next tokens of one sequence in a call that reads several.
 
     Attributes:
-        ids: (tokens,), int64, on the decoder's device.
+        ids: (tokens,), int64, on the CPU or the decoder's device.
         wants_logits: Whether those after the last token are asked for.
     """
 
@@ -193,7 +193,7 @@ class Decoder:
         """Read the next tokens of a sequence.
 
         Args:
-            ids: (tokens,), int64, on the decoder's device.
+            ids: (tokens,), int64, on the CPU or the decoder's device.
             sequence: Changed: the tokens are appended.
 
         Returns:
@@ -279,7 +279,7 @@ class Decoder:
     ) -> Tensor:
         """Run all layers; `attend` takes a layer's index and its queries, keys and values."""
         weights, eps = self._weights, self._weights.eps
-        hidden = weights.embedding[ids].to(self._dtype)
+        hidden = weights.embedding[ids.to(self.device)].to(self._dtype)
         for index, layer in enumerate(weights.layers):
             attended = attend(index, parts.project(parts.ops, layer, hidden, eps))
             hidden = parts.finish(parts.ops, layer, hidden, attended, eps)

@@ -116,64 +116,43 @@ def rotate_and_store(
     return query.to(values.dtype).reshape(kv_heads, -1, dim)
 
 
-def attend_rows(
+def place_rows(
     qkv: Tensor,
     keys: Tensor,
     values: Tensor,
-    span: Span,
-    mask: Tensor,
-    *,
-    scale: float,
+    places: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    logn: Tensor | None,
 ) -> Tensor:
-    """Attend as `DecoderOps.attend` for one token of each of several sequences.
+    """Rotate one token of each of several sequences, and write keys and values to their places.
 
     Args:
         qkv: (rows, (heads + 2 * kv_heads) * dim).
-        keys: (rows, kv_heads, capacity, dim); changed. Likewise `values`.
+        keys: (places, dim), the memory of all rows; changed. Likewise `values`.
         values: See `keys`.
-        span: The rows' places; its `start` is not looked at.
-        mask: From `rows_mask`.
-        scale: Factor of the scores.
+        places: (rows * kv_heads,), int64: where each row's keys go.
+        cos: (rows, 1, rotary_dim), float32; likewise `sin`.
+        sin: See `cos`.
+        logn: (rows, 1), float32; None is 1.
 
     Returns:
-        (rows, heads * dim).
+        (rows, kv_heads, heads / kv_heads, dim), queries.
     """
-    rows, kv_heads, _, dim = keys.shape
+    rows, dim = qkv.shape[0], keys.shape[1]
+    kv_heads = places.shape[0] // rows
     heads = qkv.shape[1] // dim - 2 * kv_heads
-    query, key, value = torch.split(qkv.view(rows, -1, dim), [heads, kv_heads, kv_heads], dim=1)
-    cos, sin = span.cos[:, None], span.sin[:, None]
-    query = apply_rotary(query[:, :, None], cos, sin)
-    key = apply_rotary(key[:, :, None], cos, sin)[:, :, 0]
-    if span.logn is not None:
-        query = query * span.logn[:, None, None, None]
-    places = torch.arange(rows, device=qkv.device)
-    keys[places, :, span.positions] = key.to(keys.dtype)
-    values[places, :, span.positions] = value.to(values.dtype)
-    mixed = scaled_dot_product_attention(
-        query.to(values.dtype).reshape(rows, kv_heads, -1, dim),
-        keys[:, :, : span.length],
-        values[:, :, : span.length],
-        attn_mask=mask,
-        scale=scale,
-    )
-    return mixed.reshape(rows, -1)
-
-
-def rows_mask(span: Span) -> Tensor:
-    """Build the mask of `attend_rows`: (rows, 1, 1, length), which slots a row sees."""
-    slots = torch.arange(span.length, device=span.positions.device)
-    return (slots <= span.positions[:, None])[:, None, None]
+    query, key, value = torch.split(qkv.view(rows, -1, 1, dim), [heads, kv_heads, kv_heads], dim=1)
+    query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+    if logn is not None:
+        query = query * logn[:, :, None, None]
+    keys.index_copy_(0, places, key.reshape(-1, dim).to(keys.dtype))
+    values.index_copy_(0, places, value.reshape(-1, dim).to(values.dtype))
+    return query.to(values.dtype).reshape(rows, kv_heads, -1, dim)
 
 
 class TorchOps:
-    """The operations by torch, in the dtype of what they are given.
-
-    Args:
-        rotate: `rotate_and_store`, or that compiled.
-    """
-
-    def __init__(self, *, rotate: Callable[..., Tensor] = rotate_and_store) -> None:
-        self._rotate = rotate
+    """The operations by torch, in the dtype of what they are given."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `DecoderOps`."""
@@ -208,7 +187,7 @@ class TorchOps:
         """See `DecoderOps`."""
         assert mask is not None
         tokens, dim = qkv.shape[0], keys.shape[2]
-        query = self._rotate(qkv, keys, values, span.positions, span.cos, span.sin, span.logn)
+        query = rotate_and_store(qkv, keys, values, span.positions, span.cos, span.sin, span.logn)
         shared = query.shape[1] // tokens
         mixed = scaled_dot_product_attention(
             query[None],

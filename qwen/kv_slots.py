@@ -62,6 +62,19 @@ class KvSlots:
         """Return a layer's keys and values, (count, num_kv_heads, capacity, head_dim) each."""
         return self.data[0, index, :count], self.data[1, index, :count]
 
+    def places(self, positions: Tensor) -> Tensor:
+        """Return where the keys of a token of each slot lie in a layer's memory.
+
+        Args:
+            positions: (rows,), int64, of the first slots' tokens.
+
+        Returns:
+            (rows * num_kv_heads,), int64: rows of the memory as (…, head_dim).
+        """
+        kv_heads, capacity = self.data.shape[3:5]
+        heads = torch.arange(len(positions) * kv_heads, device=positions.device)
+        return heads * capacity + positions[:, None].expand(-1, kv_heads).flatten()
+
     def take(self, capacity: int) -> KvSlot:
         """Give a sequence a slot with room for so many positions."""
         self.grow(len(self._used) + 1, capacity)

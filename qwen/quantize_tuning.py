@@ -31,10 +31,11 @@ from qwen.quantize_layout import BlockLayout, DenseCheckpoint, ReadTensor
 from qwen.tunable_linear import RelativeChange, TunableLinear
 from qwen.tuning_text import TuningText
 
-#: Rows of a step, and of one pass through the model.
-_BATCH_ROWS, _CPU_BATCH_ROWS = 8, 2
+#: Rows of a step, and of one pass through the model. Fewer leave a GPU waiting for its next kernel.
+_BATCH_ROWS, _CPU_BATCH_ROWS = 16, 2
+_MEASURED_ROWS = 8
 #: Tokens whose logits are in memory at once.
-_LOGIT_TOKENS = 512
+_LOGIT_TOKENS, _CPU_LOGIT_TOKENS = 2048, 512
 _WARM_UP, _LAST_RATE = 0.05, 0.02
 #: How often the held-out text is looked at, and after how many steps at the earliest.
 _LOOKS = 12
@@ -50,7 +51,8 @@ class TuningOptions:
         codes: Whether the codes are tuned too; 16 more bytes of memory a weight.
         scale_rate: Learning rate of the scales, relative to each one.
         other_rate: Likewise, of norms and biases.
-        code_rate: Learning rate of the codes, in codes.
+        code_rate: Learning rate of the codes, in codes. On the embedded model 0.0015 was better
+            than 0.004 over 800,000 tokens; 0.01 began by nearly doubling KL.
         code_margin: How far from the middle between two codes each begins at least, in codes;
             with 0.2 hardly any code changed in a million tokens.
     """
@@ -58,7 +60,7 @@ class TuningOptions:
     codes: bool = False
     scale_rate: float = 1e-3
     other_rate: float = 3e-4
-    code_rate: float = 5e-3
+    code_rate: float = 1.5e-3
     code_margin: float = 0.02
 
 
@@ -200,7 +202,7 @@ class Distillation:
     def measure(self, rows: Tensor) -> float:
         """Return the mean KL over all tokens, nats."""
         total = 0.0
-        for batch in torch.split(rows, _BATCH_ROWS):
+        for batch in torch.split(rows, _MEASURED_ROWS):
             theirs, ours = self._hidden(self._teacher, batch), self._hidden(self._student, batch)
             for part, aim in zip(_parts(ours), _parts(theirs), strict=True):
                 total += float(self._divergence(part, aim))
@@ -216,13 +218,14 @@ class Distillation:
         # The logits of all tokens would not fit: each part goes back to the hidden states at once.
         reached = ours.detach()
         gradient = reached.new_empty(reached.shape)
-        total = 0.0
+        losses = []
         parts = zip(_parts(reached), _parts(theirs), _parts(gradient), strict=True)
         for part, aim, slot in parts:
             leaf = part.clone().requires_grad_()
             loss = self._divergence(leaf, aim) / rows.numel()
             slot.copy_(torch.autograd.grad(loss, leaf)[0])
-            total += float(loss.detach())
+            losses.append(loss.detach())
+        total = float(torch.stack(losses).sum())  # waits for the GPU once
         if not math.isfinite(total):
             return total
         torch.autograd.backward(ours, gradient)
@@ -311,4 +314,5 @@ def _rate_at(progress: float) -> float:
 
 
 def _parts(hidden: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(hidden.flatten(0, 1), _LOGIT_TOKENS)
+    tokens = _LOGIT_TOKENS if hidden.is_cuda else _CPU_LOGIT_TOKENS
+    return torch.split(hidden.flatten(0, 1), tokens)

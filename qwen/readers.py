@@ -187,7 +187,7 @@ class DecoderReaders:
     def read(self, readings: Sequence[Reading]) -> list[Tensor | None]:
         """See `Readers`."""
         readers = [_decoder_reader(reading) for reading in readings]
-        ids = [torch.tensor(reading.ids, device=self.device) for reading in readings]
+        ids = [torch.tensor(reading.ids) for reading in readings]
         if len(readings) == 1:
             readers[0].is_sound = False
             last = self._decoder.read(ids[0], readers[0].sequence)

@@ -24,7 +24,7 @@ class _Dequantize(torch.autograd.Function):
         ctx.save_for_backward(codes, scales)
         ctx.group_size = group_size
         levels = _levels(codes, group_size)
-        return (levels * scales[..., None]).to(dtype).reshape(codes.shape)
+        return levels.mul_(scales[..., None]).to(dtype).reshape(codes.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
@@ -40,10 +40,10 @@ class _Dequantize(torch.autograd.Function):
 
 def _levels(codes: Tensor, group_size: int) -> Tensor:
     """Return codes - zero, (outputs, groups, group_size) float32."""
-    rounded = codes.float()
-    if codes.is_floating_point():
-        rounded = rounded.round().clamp(LOWEST, HIGHEST)
-    return _grouped(rounded - ZERO, group_size)
+    rounded = (
+        codes.float() if not codes.is_floating_point() else codes.round().clamp_(LOWEST, HIGHEST)
+    )
+    return _grouped(rounded.sub_(ZERO), group_size)
 
 
 def _grouped(matrix: Tensor, group_size: int) -> Tensor:
@@ -87,7 +87,9 @@ class TunableLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Map (..., inputs) to (..., outputs)."""
         dequantize: Any = _Dequantize.apply
-        weight = dequantize(self.codes, self.scales, self.group_size, self._dtype)
+        scales = self.scales  # computed anew by every look at it
+        group_size = self.codes.shape[1] // scales.shape[1]
+        weight = dequantize(self.codes, scales, group_size, self._dtype)
         bias = None if self.bias is None else self.bias.to(self._dtype)
         return nn.functional.linear(inputs.to(self._dtype), weight, bias)
 

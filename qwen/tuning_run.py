@@ -19,6 +19,7 @@ from qwen.quantize_files import WorkFolder
 from qwen.quantize_layout import DenseCheckpoint
 from qwen.quantize_options import QuantizeOptions
 from qwen.quantize_tuning import Distillation, Tuned, TuningOptions, build_student
+from qwen.tuning_prompts import build_prompts
 from qwen.tuning_text import (
     HELD_OUT,
     OWN_ROWS,
@@ -33,7 +34,7 @@ from qwen.tuning_text import (
 GPU_TOKENS = 2_000_000
 _SEQUENCE_LENGTH = 512
 #: Counts up when the same options give other weights.
-_VERSION = 1
+_VERSION = 2
 
 
 def tune_tokens(options: QuantizeOptions, *, device: str) -> int:
@@ -153,11 +154,15 @@ def build_text(
     length = min(_SEQUENCE_LENGTH, dense.context_length)
     rows = max(1, tokens // length)
     ours = build_text_tokenizer(tokenizer)
-    texts = read_texts(ours, build_chat_format(tokenizer), file=file)
+    chat_format = build_chat_format(tokenizer)
+    texts = read_texts(ours, chat_format, file=file)
     real = rows // (OWN_ROWS + 1)
     kinds = [collect_rows(kind, length=length, most=real + 2) for kind in texts]
     ordinary = ordinary_ids(ours, vocabulary=dense.vocabulary)
-    openings = build_openings(kinds, ordinary, count=rows - real + HELD_OUT)
+    count = rows - real + HELD_OUT
+    prompts = build_prompts(ours, chat_format, count=0 if file else count // 2)
+    prompts = [prompt[: length // 2] for prompt in prompts]
+    openings = build_openings(kinds, ordinary, count=count, prompts=prompts)
     report(f"The dense model writes {len(openings) * length:,} tokens to tune on")
     written = sample_rows(teacher, openings, length=length, report=report)
     return mix_rows(kinds, written, count=rows)

@@ -2,7 +2,8 @@
 
 Three of four rows are the dense model's own samples, as in LLM-QAT (Liu et al., arXiv:2305.17888):
 they need no data set, and reach what the model knows far beyond the text that comes along. The
-openings are pieces of that text, the beginnings of its conversations, and single tokens.
+openings are requests on many topics (`qwen.tuning_prompts`), pieces of that text, and single
+tokens.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 from qwen.backend import ReportProgress
+from qwen.ntk_cache import NtkLayer
 
 #: Text that there is little of is read so often at most; what the model writes fills the rest.
 _PASSES = 4
@@ -29,6 +34,9 @@ _OPENING = 32
 #: Rows that are sampled at once; more are no faster.
 _MOST_ROWS = 2048
 _CPU_ROWS = 32
+
+#: Of the rows in turn. What people write surprises a model more than what it would write itself.
+TEMPERATURES = (1.0, 1.0, 1.0, 1.25)
 
 Row = Sequence[int]
 
@@ -56,14 +64,20 @@ def collect_rows(texts: Iterable[Sequence[int]], *, length: int, most: int) -> l
 
 
 def build_openings(
-    kinds: Sequence[Sequence[Row]], ordinary: Sequence[int], *, count: int, seed: int = 0
+    kinds: Sequence[Sequence[Row]],
+    ordinary: Sequence[int],
+    *,
+    count: int,
+    prompts: Sequence[Row] = (),
+    seed: int = 0,
 ) -> list[Row]:
     """Choose openings: pieces of the first kind of text, of the others, and single tokens.
 
     Args:
         kinds: Rows of each kind, the most varied one first; kinds without any are left out.
         ordinary: Tokens to begin with.
-        count: How many.
+        count: How many, with the prompts.
+        prompts: Openings that are whole already, dealt among the others in turn.
         seed: The same one gives the same openings.
     """
     chance = random.Random(seed)
@@ -72,7 +86,7 @@ def build_openings(
     if filled:
         turns = [kind for other in filled[1:] or [[]] for kind in (filled[0], [], other)]
     openings: list[Row] = []
-    for turn in islice(cycle(turns), count):
+    for turn in islice(cycle(turns), count - len(prompts)):
         if not turn:
             openings.append([chance.choice(ordinary)])
             continue
@@ -80,6 +94,8 @@ def build_openings(
         length = chance.randint(1, min(_OPENING, len(row)))
         start = chance.choice((0, chance.randint(0, len(row) - length)))
         openings.append(row[start : start + length])
+    openings += prompts
+    chance.shuffle(openings)
     return openings
 
 
@@ -87,7 +103,7 @@ def build_openings(
 def sample_rows(
     model: Any, openings: Sequence[Row], *, length: int, report: ReportProgress, seed: int = 0
 ) -> Tensor:
-    """Let a model go on from openings, at temperature 1 and from its whole distribution.
+    """Let a model go on from openings, from its whole distribution; see `TEMPERATURES`.
 
     An end-of-text token ends nothing: what follows is another text.
 
@@ -119,15 +135,57 @@ def sample_rows(
 
 def _sample(model: Any, given: Tensor, width: int, generator: torch.Generator) -> Tensor:
     """Fill what is -1 in (rows, length); no row is given more than `width` tokens."""
-    cache = None
+    cache: Any = roomy_cache(model.config, length=given.shape[1])
+    heat = torch.tensor(list(islice(cycle(TEMPERATURES), len(given))), device=given.device)
     for at in range(1, given.shape[1]):
-        output = model(input_ids=given[:, at - 1 : at], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        chances = output.logits[:, -1].float().softmax(-1)
-        sampled = torch.multinomial(chances, 1, generator=generator)[:, 0]
+        # Not cuDNN's attention: the first rows, when every length is new to it, took three times
+        # as long as later ones.
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            output = model(input_ids=given[:, at - 1 : at], past_key_values=cache, use_cache=True)
+        logits = output.logits[:, -1].float().div_(heat[:, None])
+        # The largest of log p + Gumbel noise is a sample; `multinomial` takes several passes more.
+        noise = torch.empty_like(logits).exponential_(generator=generator).log_()
+        sampled = logits.sub_(noise).argmax(-1)
         known = given[:, at] if at < width else None
         given[:, at] = sampled if known is None else torch.where(known < 0, sampled, known)
     return given
+
+
+class _RoomyLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A cache layer that has its memory from the start.
+
+    One that grows by a token asks for new memory at every step and copies itself there.
+    """
+
+    def __init__(self, length: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._length = length
+        self._stores: tuple[Tensor, ...] = ()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self._stores:
+            self.lazy_initialization(key_states, value_states)
+            rows, heads, _, width = key_states.shape
+            shape = (rows, heads, self._length, width)
+            self._stores = (key_states.new_empty(shape), value_states.new_empty(shape))
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        for store, new in zip(self._stores, (key_states, value_states), strict=True):
+            store[:, :, start:end] = new
+        self.keys, self.values = (store[:, :, :end] for store in self._stores)
+        return self.keys, self.values
+
+
+class _RoomyNtkLayer(NtkLayer, _RoomyLayer):  # type: ignore[no-untyped-call]
+    """The same for Qwen v1."""
+
+
+def roomy_cache(config: Any, *, length: int) -> Cache:
+    """Return an empty cache with room for so many tokens."""
+    layers: list[Any] = [_RoomyNtkLayer(length) for _ in range(config.num_hidden_layers)]
+    return Cache(layers=layers)
 
 
 def _rows_at_once(model: Any, length: int, device: torch.device) -> int:

@@ -10,9 +10,9 @@ from fake_backend import wait_until
 from tiny_model import build_tiny_model
 
 from qwen import cuda_graphs
-from qwen.cuda_graphs import GraphedDecoder, compile_layer_parts
+from qwen.cuda_graphs import GraphedDecoder, StepParts, compile_step_parts
 from qwen.decoder import Decoder, ForwardParts, Piece, finish, project
-from qwen.decoder_ops import TorchOps
+from qwen.decoder_ops import TorchOps, place_rows
 from qwen.engine import Engine
 from qwen.messages import SamplingParams
 
@@ -196,7 +196,9 @@ def test_compiled_parts_are_used_from_the_next_sequence_on():
     decoder = GraphedDecoder(
         build_tiny_model(),
         record=Repeat(),
-        compile_parts=lambda: ForwardParts(TorchOps(), project=counting, finish=finish),
+        compile_parts=lambda is_single: StepParts(
+            ForwardParts(TorchOps(), project=counting, finish=finish), place=place_rows
+        ),
     )
     compile_and_wait(decoder)
     used.clear()
@@ -208,7 +210,7 @@ def test_compiled_parts_are_used_from_the_next_sequence_on():
 
 
 def test_compilation_that_fails_is_named_in_the_log_and_decoding_goes_on(caplog):
-    def fail():
+    def fail(is_single):
         raise RuntimeError("no compiler found\nlong story")
 
     with caplog.at_level(logging.WARNING):
@@ -229,7 +231,7 @@ def test_cuda_graphs_equal_the_transformers_classes(make, compiled):
     ids = prompt(150).cuda()
     with torch.inference_mode():
         expected = model(ids[None], use_cache=False).logits[0, 39:]
-    parts = compile_layer_parts if compiled else None
+    parts = compile_step_parts if compiled else None
     decoder = GraphedDecoder(model, compile_parts=parts)
     compile_and_wait(decoder)
     actual, _ = read(decoder, ids, 40)

@@ -26,7 +26,14 @@ from qwen.quantize import main
 from qwen.quantize_layout import DenseCheckpoint
 from qwen.quantize_tuning import Distillation, TuningOptions, build_student
 from qwen.tunable_linear import TunableLinear
-from qwen.tuning_text import TuningText, build_openings, collect_rows, mix_rows, sample_rows
+from qwen.tuning_text import (
+    TuningText,
+    build_openings,
+    collect_rows,
+    mix_rows,
+    roomy_cache,
+    sample_rows,
+)
 
 TOKENS = 4_000
 LAYOUTS = ("qwen", "qwen2")
@@ -417,6 +424,31 @@ def test_sampling_follows_the_model_s_chances(sources):
     assert share == pytest.approx(0.75, abs=0.08)
 
 
+def test_some_rows_are_sampled_hotter(sources, monkeypatch):
+    checkpoint = DenseCheckpoint(sources / "qwen2")
+    model = checkpoint.build_model(checkpoint.read, dtype=torch.float32, device="cpu")
+    model.lm_head.weight[:] *= 100
+    monkeypatch.setattr("qwen.tuning_text.TEMPERATURES", (1e-3, 1e6))
+    rows = sample_rows(model, [[5]] * 60, length=2, report=silent)
+    assert len(set(rows[::2, 1].tolist())) == 1
+    assert len(set(rows[1::2, 1].tolist())) > 15
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cache_with_room_gives_the_logits_of_the_whole_text(sources, layout):
+    checkpoint = DenseCheckpoint(sources / layout)
+    model = checkpoint.build_model(checkpoint.read, dtype=torch.float32, device="cpu")
+    rows = torch.arange(3 * 9).view(3, 9)
+    cache = roomy_cache(model.config, length=9)
+    steps = [
+        model(input_ids=rows[:, at : at + 1], past_key_values=cache, use_cache=True).logits
+        for at in range(9)
+    ]
+    torch.testing.assert_close(torch.cat(steps, 1), logits(model, rows), rtol=1e-3, atol=1e-3)
+    stores = {store.data_ptr() for layer in cache.layers for store in layer._stores}
+    assert {layer.keys.data_ptr() for layer in cache.layers} < stores
+
+
 def test_rows_are_sampled_the_same_every_time(sources):
     checkpoint = DenseCheckpoint(sources / "qwen")
     model = checkpoint.build_model(checkpoint.read, dtype=torch.float32, device="cpu")
@@ -436,6 +468,14 @@ def test_openings_are_pieces_of_every_kind_and_single_tokens():
     pieces = [opening for opening in openings if opening[0] != 9999]
     assert all(piece == list(range(piece[0], piece[0] + len(piece))) for piece in pieces)
     assert {len(piece) for piece in pieces} == set(range(1, 33))
+
+
+def test_prompts_are_among_the_openings_and_whole():
+    prompts = [[7000 + number] * 60 for number in range(20)]
+    openings = build_openings([[[1, 2, 3]]], [9999], count=50, prompts=prompts)
+    assert len(openings) == 50
+    assert [opening for opening in openings if len(opening) == 60] != prompts
+    assert sorted(opening for opening in openings if len(opening) == 60) == prompts
 
 
 def test_openings_are_single_tokens_where_there_is_no_text():

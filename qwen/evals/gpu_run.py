@@ -25,7 +25,7 @@ import torch
 
 from qwen.engine import Engine
 from qwen.errors import OutOfMemory, QwenError
-from qwen.evals.gpu_checks import reply, run_checks
+from qwen.evals.gpu_checks import reply, run_checks, wait_for_compilation
 from qwen.evals.machine import describe_machine
 from qwen.evals.profile import PUBLISHED
 from qwen.evals.random_models import build_random_model
@@ -162,7 +162,7 @@ def _one_model(
 ) -> Iterator[dict[str, Any]]:
     published = PUBLISHED.get(published_key, ())
     reply(engine, [5], 64)
-    _settle()
+    wait_for_compilation()
     reply(engine, [5], 300)  # records the graphs of the first buckets with the compiled layers
     for place, new_tokens in enumerate(plan.generated):
         seconds, peak = _timed(partial(reply, engine, [5], new_tokens), plan)
@@ -190,9 +190,9 @@ def _users(plan: Plan) -> Iterator[dict[str, Any]]:
         for user in range(max(plan.users))
     ]
     reply(engine, prompts[0], 64)
-    _settle()
+    wait_for_compilation()
     for users in plan.users:
-        _together(engine, prompts[:users], 8)  # graphs for this many
+        _together(engine, prompts[:users], new_tokens)  # graphs for this many
     alone = 0.0
     for users in plan.users:
         started = time.perf_counter()
@@ -237,7 +237,7 @@ def _context(plan: Plan) -> Iterator[dict[str, Any]]:
     new_tokens = min(128, plan.context // 8)
     prompt = [5 + place % 1000 for place in range(plan.context - new_tokens)]
     reply(engine, prompt[: plan.context // 4], 8)
-    _settle()
+    wait_for_compilation()
     reply(engine, prompt, 8)
     before = counters["stats"]["unique_graphs"]
     read, _ = _timed(lambda: reply(engine, prompt[::-1], 1), plan)
@@ -343,13 +343,6 @@ def _timed(work: Callable[[], object], plan: Plan) -> tuple[float, int]:
     _synchronize(plan.device)
     seconds = time.perf_counter() - started
     return seconds, torch.cuda.max_memory_reserved() if plan.device == "cuda" else 0
-
-
-def _settle() -> None:
-    """Wait until layers that are compiled in the background are ready."""
-    for thread in threading.enumerate():
-        if thread.name == "compile":
-            thread.join(180)
 
 
 def _synchronize(device: str) -> None:
