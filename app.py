@@ -4,6 +4,7 @@ import os
 import sys
 
 from qwen.backend import ChatBackend, DeferredBackend, ReportProgress
+from webapp.activity import Activity
 from webapp.server import TerminalProgress, end_process, serve
 from webapp.settings import parse_settings
 
@@ -11,13 +12,15 @@ from webapp.settings import parse_settings
 def main() -> int:
     """Run the server until it is told to stop; returns the exit code."""
     settings = parse_settings(sys.argv[1:], os.environ)
+    activity = Activity()
 
     def load(report: ReportProgress) -> ChatBackend:
         from qwen.local import load_backend
 
-        return load_backend(settings.checkpoint, settings.load, report=report)
+        backend = load_backend(settings.checkpoint, settings.load, report=report)
+        return activity.watch(backend)
 
-    return serve(settings, DeferredBackend(load, on_status=TerminalProgress()))
+    return serve(settings, DeferredBackend(load, on_status=TerminalProgress()), activity)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ ChatML: Qwen's tokenization note; the ids of Qwen v1's `make_context`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from qwen.messages import Message, Role
+from qwen.errors import InvalidRequest
+from qwen.messages import ChatRequest, Message, Role, Tool
+from qwen.tool_stream import CallReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,28 @@ class Segment:
     text: str
     is_control: bool
     message: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyPlan:
+    """How a reply is begun, ended and read.
+
+    Attributes:
+        prefix: What the reply is made to begin with.
+        stop: Texts that end it, beside those of the request.
+        build_reader: Makes a reader of calls; None where there can be none.
+        heard: What of `prefix` the reader has to know of.
+    """
+
+    prefix: tuple[Segment, ...] = ()
+    stop: tuple[str, ...] = ()
+    build_reader: Callable[[], CallReader] | None = None
+    heard: str = ""
+
+
+def plan_plain_reply(request: ChatRequest) -> ReplyPlan:
+    """Plan a reply without tools: it begins as the request says."""
+    return ReplyPlan(prefix=(Segment(request.reply_prefix, is_control=False),))
 
 
 class TextTokenizer(Protocol):
@@ -61,7 +85,7 @@ class ChatFormat(Protocol):
         """
         ...
 
-    def render_chat(self, messages: Sequence[Message]) -> list[Segment]:
+    def render_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[Segment]:
         """Render a conversation up to and with the opening of the assistant's reply.
 
         Raises:
@@ -69,9 +93,13 @@ class ChatFormat(Protocol):
         """
         ...
 
+    def plan_reply(self, request: ChatRequest) -> ReplyPlan:
+        """Tell how the reply to a request is begun, ended and read."""
+        ...
+
 
 class ChatMLFormat:
-    """ChatML as the Qwen models know it.
+    """ChatML as the Qwen models know it; `qwen.react` brings tools to it.
 
     Args:
         default_system: System text of conversations that have none; None leaves the block out.
@@ -87,8 +115,10 @@ class ChatMLFormat:
         """See `ChatFormat.joins_text`."""
         return self._joins_text
 
-    def render_chat(self, messages: Sequence[Message]) -> list[Segment]:
-        """See `ChatFormat.render_chat`."""
+    def render_chat(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[Segment]:
+        """See `ChatFormat.render_chat`. Knows no tools."""
+        if tools:
+            raise InvalidRequest("This chat format knows no tools. Send the request without.")
         segments = []
         if self._default_system is not None and (not messages or messages[0].role != "system"):
             segments += _chatml_block("system", Segment(self._default_system, is_control=True))
@@ -96,6 +126,10 @@ class ChatMLFormat:
             content = Segment(message.content, is_control=False, message=index)
             segments += _chatml_block(message.role, content)
         return [*segments, *_chatml_opening("assistant")]
+
+    def plan_reply(self, request: ChatRequest) -> ReplyPlan:
+        """See `ChatFormat.plan_reply`."""
+        return plan_plain_reply(request)
 
 
 def _chatml_block(role: Role, content: Segment) -> list[Segment]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen.backend import BackendInfo, MemoryUse, ReportProgress, ignore_progress
-from qwen.chat_format import ChatFormat, TextTokenizer
+from qwen.chat_format import ChatFormat, ReplyPlan, TextTokenizer
 from qwen.checkpoint import parse_checkpoint
 from qwen.devices import describe_devices
 from qwen.engine import Engine, EngineStep
@@ -29,13 +29,17 @@ from qwen.messages import (
     SamplingParams,
     StreamEvent,
     Timing,
+    TokenLogprobs,
     Usage,
     checked_number,
 )
 from qwen.model_shape import read_context_length
 from qwen.prompt import Prompt, PromptBuilder
 from qwen.text_stream import stream_until_stop, stream_utf8
+from qwen.token_log import LoggedToken, TokenLog
 from qwen.tokenizer import build_chat_format, build_text_tokenizer
+from qwen.tool_prompt import check_tools, offered_tools
+from qwen.tool_stream import read_calls
 
 if TYPE_CHECKING:
     from qwen.decoder import Decoder
@@ -74,6 +78,7 @@ class LocalBackend:
         self._engine = engine
         self._tokenizer = tokenizer
         self._info = info
+        self._format = chat_format
         self._prompts = PromptBuilder(
             tokenizer,
             chat_format=chat_format,
@@ -88,7 +93,8 @@ class LocalBackend:
 
     def stream(self, request: ChatRequest, cancel: threading.Event) -> Iterator[StreamEvent]:
         """See `ChatBackend.stream`. Waiting for other requests counts towards the first token."""
-        return self._events(request, cancel, _Reply(asked=time.monotonic()))
+        has_log = request.params.top_logprobs is not None
+        return self._events(request, cancel, _Reply(asked=time.monotonic(), has_log=has_log))
 
     def count_tokens(self, request: ChatRequest) -> ContextUsage:
         """See `ChatBackend.count_tokens`. An empty last message is counted too."""
@@ -109,7 +115,10 @@ class LocalBackend:
         self, request: ChatRequest, cancel: threading.Event, reply: _Reply
     ) -> Iterator[StreamEvent]:
         prompt = self._build_prompt(request)
+        plan = self._plan_reply(request)
+        reader = plan.build_reader() if plan.build_reader is not None else None
         steps = self._engine.submit(prompt.ids, request.params, cancel=cancel)
+        stops = (*request.params.stop, *plan.stop)
         try:
             yield StreamEvent(context=prompt.usage)
             for step in steps:
@@ -117,14 +126,16 @@ class LocalBackend:
                     break
                 yield StreamEvent(queued=step.queued)
             begun = itertools.chain([step], steps)
-            texts = stream_until_stop(stream_utf8(self._bytes(begun, reply)), request.params.stop)
-            for text in texts:
-                yield StreamEvent(text=text, token_ids=reply.take_new_ids())
+            decoded = reply.log.count(stream_utf8(self._bytes(begun, reply)))
+            told = reply.events(stream_until_stop(decoded, stops))
+            for event in read_calls(told, reader, heard=plan.heard):
+                reply.has_calls = reply.has_calls or bool(event.tool_calls)
+                yield event
         finally:
             # After a stop string, an error or a client that left, the engine is still at work.
             steps.close()
         yield StreamEvent(
-            finish_reason=reply.finish_reason,
+            finish_reason=reply.end_reason(),
             usage=Usage(len(prompt.ids), reply.num_tokens),
             timing=reply.timing(),
         )
@@ -134,10 +145,19 @@ class LocalBackend:
         for step in steps:
             if step.token_id is None:
                 reply.finish_reason = step.finish_reason or "stop"
+                reply.is_over = True
                 return
             reply.add(step.token_id)
+            if reply.has_log:
+                reply.log.add(step.token_id, self._logprobs(step))
             hidden = step.token_id in self._tokenizer.hidden_ids
             yield b"" if hidden else self._tokenizer.token_bytes(step.token_id)
+
+    def _logprobs(self, step: EngineStep) -> TokenLogprobs:
+        assert step.token_id is not None and step.logprob is not None
+        token_bytes = self._tokenizer.token_bytes
+        top = tuple((token_bytes(token_id), logprob) for token_id, logprob in step.top_logprobs)
+        return TokenLogprobs(token_bytes(step.token_id), step.logprob, top)
 
     def _build_prompt(self, request: ChatRequest, *, allow_empty: bool = False) -> Prompt:
         prompt = self._fitted_prompt(request, allow_empty=allow_empty)
@@ -151,6 +171,8 @@ class LocalBackend:
         if request.raw_prompt is not None:
             if request.messages:
                 raise InvalidRequest("Send either messages or a raw prompt, not both.")
+            if request.tools:
+                raise InvalidRequest("A raw prompt has no tools. Send messages to use them.")
             return self._prompts.build_raw(
                 request.raw_prompt + request.reply_prefix,
                 max_new_tokens=max_new_tokens,
@@ -164,9 +186,16 @@ class LocalBackend:
         return self._prompts.build_chat(
             request.messages,
             max_new_tokens=max_new_tokens,
-            reply_prefix=request.reply_prefix,
+            tools=offered_tools(request),
+            prefix=self._plan_reply(request).prefix,
             allow_empty=allow_empty,
         )
+
+    def _plan_reply(self, request: ChatRequest) -> ReplyPlan:
+        if request.raw_prompt is not None or self._format is None:
+            return ReplyPlan()
+        check_tools(request)
+        return self._format.plan_reply(request)
 
 
 @dataclass
@@ -175,13 +204,21 @@ class _Reply:
 
     The finish reason stands until the engine gives another: an engine that is not asked for more
     was stopped by a stop string.
+
+    Attributes:
+        has_log: Tokens come with their log-probabilities, and so with the text that shows them.
+        is_over: The engine came to its end.
     """
 
     asked: float
+    has_log: bool = False
+    is_over: bool = False
     finish_reason: FinishReason = "stop"
     num_tokens: int = 0
     first: float = 0.0
     last: float = 0.0
+    log: TokenLog = field(default_factory=TokenLog)
+    has_calls: bool = False
     _new_ids: list[int] = field(default_factory=list)
 
     def add(self, token_id: int) -> None:
@@ -190,10 +227,25 @@ class _Reply:
         self.num_tokens += 1
         self._new_ids.append(token_id)
 
+    def events(self, texts: Iterable[str]) -> Iterator[StreamEvent]:
+        """Yield the events that show these texts."""
+        for text in texts:
+            if self.has_log:
+                yield _logged_event(text, self.log.show(text))
+            else:
+                yield StreamEvent(text=text, token_ids=self.take_new_ids())
+        if self.has_log and self.is_over and (rest := self.log.rest()):
+            yield _logged_event("", rest)
+
     def take_new_ids(self) -> tuple[int, ...]:
         """Return the tokens added since the last call."""
         ids, self._new_ids = tuple(self._new_ids), []
         return ids
+
+    def end_reason(self) -> FinishReason:
+        """Return why the reply ended; "tool_calls" where it ended by itself and made calls."""
+        made_calls = self.has_calls and self.finish_reason == "stop"
+        return "tool_calls" if made_calls else self.finish_reason
 
     def timing(self) -> Timing:
         """Return the times; without a token, the time until the end counts as that to the first."""
@@ -202,6 +254,14 @@ class _Reply:
             time_to_first_token=(self.first or time.monotonic()) - self.asked,
             tokens_per_second=(self.num_tokens - 1) / seconds if seconds > 0 else 0.0,
         )
+
+
+def _logged_event(text: str, tokens: tuple[LoggedToken, ...]) -> StreamEvent:
+    return StreamEvent(
+        text=text,
+        token_ids=tuple(token.token_id for token in tokens),
+        logprobs=tuple(token.logprobs for token in tokens),
+    )
 
 
 def load_backend(

@@ -6,7 +6,7 @@ Knows no tokenizer, no model and no web framework. Everything here is immutable.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,11 +18,19 @@ FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A function that the model may ask for; `parameters` is a JSON schema of an object."""
+    """A function that the model may ask for.
+
+    Attributes:
+        name: As the model and the client know it.
+        description: What it does.
+        parameters: A JSON schema of an object; or a list of parameters, as Qwen v1's plugins had.
+        human_name: As people know it (`name_for_human` of Qwen v1's plugins); "" is `name`.
+    """
 
     name: str
     description: str
-    parameters: Mapping[str, Any]
+    parameters: Mapping[str, Any] | Sequence[Mapping[str, Any]]
+    human_name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +263,8 @@ class StreamEvent:
 
     Attributes:
         text: New text; may be empty while bytes or a possible stop string are held back.
-        token_ids: The ids behind this step, in order.
+        token_ids: The ids behind this step, in order; with log-probabilities, those whose text is
+            in this step or shows in none.
         logprobs: One for each of `token_ids`, where they were asked for.
         tool_calls: New parts of calls; their text is not in `text`.
         reasoning: New text of the model's thoughts, where a remote engine tells them apart.

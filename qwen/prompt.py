@@ -6,9 +6,10 @@ text. Knows no model library; a tokenizer and a chat format (`qwen.chat_format`)
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from qwen.chat_format import ChatFormat, Segment, TextTokenizer
@@ -18,7 +19,8 @@ from qwen.errors import (
     MessageTooLong,
     PromptTooLong,
 )
-from qwen.messages import ContextUsage, Message, Role
+from qwen.messages import ContextUsage, Message, Role, Tool, ToolCall
+from qwen.tool_prompt import pair_results
 
 #: Text with more characters a token than this is refused or dropped before it is tokenized.
 #: English and code have 3 to 5; only long runs of one character come near 16.
@@ -70,15 +72,18 @@ class PromptBuilder:
         messages: Sequence[Message],
         *,
         max_new_tokens: int,
-        reply_prefix: str = "",
+        tools: Sequence[Tool] = (),
+        prefix: Sequence[Segment] = (),
         allow_empty: bool = False,
     ) -> Prompt:
         """Build the prompt of a conversation and drop the oldest turns that do not fit.
 
         Args:
-            messages: An optional system message, then turns; the last one is the user's.
+            messages: An optional system message, then turns; the last one is the user's or a
+                tool's.
             max_new_tokens: The longest reply that is wanted, in tokens.
-            reply_prefix: The beginning of the reply that is to be continued.
+            tools: What the model is told that it may call.
+            prefix: The beginning of the reply that is to be continued.
             allow_empty: Accept an empty last message (to count tokens while a user types).
 
         Raises:
@@ -89,17 +94,25 @@ class PromptBuilder:
         """
         assert self._format is not None, "a base model has no chat format"
         check_conversation(messages)
-        if not allow_empty and not messages[-1].content.strip():
+        if not allow_empty and messages[-1].role == "user" and not messages[-1].content.strip():
             raise EmptyMessage("The message is empty. Write something first.")
         chat_format = self._format
 
         def lay_out(kept: Sequence[Message]) -> _Layout:
-            segments = chat_format.render_chat(kept)
-            segments.append(Segment(reply_prefix, is_control=False))
-            return _lay_out(segments, len(kept), self._control_tokens, joins=chat_format.joins_text)
+            segments = (
+                chat_format.render_chat(kept, tools) if tools else chat_format.render_chat(kept)
+            )
+            return _lay_out(
+                [*segments, *prefix], len(kept), self._control_tokens, joins=chat_format.joins_text
+            )
 
         limits = self._limits(max_new_tokens)
-        limits.check_size("The message", messages[-1].content + reply_prefix)
+        if tools:
+            limits = replace(limits, advice="Shorten the message or send fewer tools.")
+        newest = split_turns(messages)[-1]
+        size = sum(map(_size, newest)) + sum(len(segment.text) for segment in prefix)
+        limits.check_size("The message" if len(newest) == 1 else "The newest turn", size)
+        limits.check_size("The list of tools", sum(map(_tool_size, tools)))
         return _ChatFitter(self._tokenizer, lay_out, limits, messages).fit()
 
     def build_raw(self, text: str, *, max_new_tokens: int, allow_empty: bool = False) -> Prompt:
@@ -113,7 +126,7 @@ class PromptBuilder:
         if not allow_empty and not text.strip():
             raise EmptyMessage("The text to complete is empty. Write something first.")
         limits = self._limits(max_new_tokens)
-        limits.check_size("The text", text)
+        limits.check_size("The text", len(text))
         ids = self._tokenizer.encode_text(text)
         limits.check_tokens(0, len(ids))
         usage = ContextUsage(
@@ -146,18 +159,23 @@ class PromptBuilder:
 
 @dataclass(frozen=True, slots=True)
 class _Limits:
-    """Budgets in tokens: as shown, for a prompt with history, and for one without."""
+    """Budgets in tokens: as shown, for a prompt with history, and for one without.
+
+    Attributes:
+        advice: What to do about a prompt that is too long.
+    """
 
     limit: int
     context_length: int
     with_history: int
     alone: int
+    advice: str = "Shorten the message or the system prompt."
 
-    def check_size(self, what: str, text: str) -> None:
-        """Raise `MessageTooLong` for a text that cannot fit, without tokenizing it."""
-        if len(text) > self.limit * MAX_CHARACTERS_PER_TOKEN:
+    def check_size(self, what: str, size: int) -> None:
+        """Raise `MessageTooLong` for a size in characters that cannot fit."""
+        if size > self.limit * MAX_CHARACTERS_PER_TOKEN:
             raise MessageTooLong(
-                f"{what} has {len(text):,} characters, which cannot fit: the limit is "
+                f"{what} has {size:,} characters, which cannot fit: the limit is "
                 f"{self.limit:,} tokens, and a token is 3 to 5 characters of English or about one "
                 "Chinese or Japanese character. Shorten it or send it in parts."
             )
@@ -171,7 +189,7 @@ class _Limits:
             parts = f"the system prompt needs {system:,} tokens and the message {query:,}"
         raise PromptTooLong(
             f"The prompt is too long: {parts}, but at most {self.alone:,} fit, even with all "
-            "earlier turns left out. Shorten the message or the system prompt."
+            f"earlier turns left out. {self.advice}"
         )
 
 
@@ -248,13 +266,16 @@ class _ChatFitter:
 
     def fit(self) -> Prompt:
         for message in self._system:
-            self._limits.check_size("The system prompt", message.content)
+            self._limits.check_size("The system prompt", len(message.content))
         first = self._first_turn_by_size()
         first += self._turns_over_budget(first)
         while True:
             prompt = self._assemble(first)
             # One pass, unless a format's blocks depend on each other so that the sum was off.
-            if first == len(self._turns) - 1 or len(prompt.ids) <= self._limits.with_history:
+            if len(prompt.ids) <= self._limits.with_history:
+                return prompt
+            if first == len(self._turns) - 1:
+                self._limits.check_tokens(prompt.usage.system, prompt.usage.query)
                 return prompt
             first += 1
 
@@ -263,7 +284,7 @@ class _ChatFitter:
         room = self._limits.with_history * MAX_CHARACTERS_PER_TOKEN
         first = len(self._turns) - 1
         for turn in reversed(self._turns[:-1]):
-            room -= sum(len(message.content) for message in turn)
+            room -= sum(map(_size, turn))
             if room < 0:
                 break
             first -= 1
@@ -329,8 +350,18 @@ class _ChatFitter:
         return self._encoded[item]
 
 
+def _size(message: Message) -> int:
+    """Count a message's characters, those of its calls included."""
+    calls = sum(len(call.name) + len(call.arguments) for call in message.tool_calls)
+    return len(message.content) + calls
+
+
+def _tool_size(tool: Tool) -> int:
+    return len(tool.name) + len(tool.description) + len(json.dumps(tool.parameters))
+
+
 def split_turns(messages: Sequence[Message]) -> list[list[Message]]:
-    """Group messages into turns: a user's message and the replies to it."""
+    """Group messages into turns: a user's message, the replies to it, calls and their results."""
     turns: list[list[Message]] = []
     for message in messages:
         if message.role == "user" or not turns:
@@ -344,18 +375,32 @@ def check_conversation(messages: Sequence[Message]) -> None:
 
     Raises:
         InvalidConversation: There is no message, a role is unknown, a system message is not the
-            first, a content is no text, or the last message is not the user's.
+            first, a content is no text, a tool's message is the result of no call, or the last
+            message is neither the user's nor a tool's.
     """
     if not messages:
         raise InvalidConversation("The conversation has no messages. Send at least one.")
     for index, message in enumerate(messages):
         if message.role not in get_args(Role):
             raise InvalidConversation(
-                f"Message {index + 1} has an unknown role. Use system, user or assistant."
+                f"Message {index + 1} has an unknown role. Use system, user, assistant or tool."
             )
         if not isinstance(message.content, str):
             raise InvalidConversation(f"The content of message {index + 1} is not text.")
         if message.role == "system" and index > 0:
             raise InvalidConversation("Only the first message may be a system message.")
-    if messages[-1].role != "user":
-        raise InvalidConversation("The last message must be the user's.")
+    _check_results(messages)
+    if messages[-1].role not in ("user", "tool"):
+        raise InvalidConversation("The last message must be the user's or a tool's.")
+
+
+def _check_results(messages: Sequence[Message]) -> None:
+    """Check that every run of tool messages belongs to the calls before it."""
+    calls: Sequence[ToolCall] = ()
+    results: list[Message] = []
+    for message in messages:
+        if message.role == "tool":
+            results.append(message)
+            pair_results(calls, results)
+        else:
+            calls, results = message.tool_calls, []

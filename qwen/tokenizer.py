@@ -1,23 +1,23 @@
-"""A Transformers tokenizer and its chat template, made safe for text that users write.
+"""A Transformers tokenizer, made safe for text that users write, and its chat format.
 
-Knows byte-level BPE tokenizers (every Qwen has one) and Jinja chat templates; knows no model. What
-is made here is never changed afterwards, so threads may share it: a fast tokenizer's options are
-state, and changing them while another thread encodes is an error.
+Knows byte-level BPE tokenizers (every Qwen has one); knows no model. What is made here is never
+changed afterwards, so threads may share it: a fast tokenizer's options are state, and changing
+them while another thread encodes is an error.
 """
 
 from __future__ import annotations
 
 import re
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from tokenizers import Tokenizer, models
 
-from qwen.chat_format import ChatFormat, ChatMLFormat, Segment, TextTokenizer
-from qwen.errors import CheckpointUnsupported, InvalidConversation
-from qwen.messages import Message
+from qwen.chat_format import ChatFormat, ChatMLFormat, TextTokenizer
+from qwen.chat_template import TemplateFormat
+from qwen.errors import CheckpointUnsupported
+from qwen.react import ReactFormat
 
 #: System text of Qwen v1's chats that have none of their own, as published.
 QWEN_SYSTEM = "You are a helpful assistant."
@@ -52,7 +52,10 @@ def build_chat_format(tokenizer: Any, *, chat_format: str | None = None) -> Chat
         CheckpointUnsupported: The chat format has another name.
     """
     if not _is_qwen_v1(tokenizer):
-        return TemplateFormat(tokenizer) if tokenizer.chat_template else None
+        if not tokenizer.chat_template:
+            return None
+        template = TemplateFormat(tokenizer)
+        return template if template.knows_tools else ReactFormat(template)
     if chat_format == "raw":
         return None
     if chat_format not in (None, "chatml"):
@@ -60,7 +63,7 @@ def build_chat_format(tokenizer: Any, *, chat_format: str | None = None) -> Chat
             f"generation_config.json names the chat format '{chat_format}', which this version "
             "does not know. Set chat_format to chatml, or to raw for a base model."
         )
-    return ChatMLFormat(default_system=QWEN_SYSTEM, joins_text=False)
+    return ReactFormat(ChatMLFormat(default_system=QWEN_SYSTEM, joins_text=False))
 
 
 def _is_qwen_v1(tokenizer: Any) -> bool:
@@ -151,133 +154,3 @@ def _byte_characters() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return [chr(b if b in printable else 256 + others.index(b)) for b in range(256)]
-
-
-class TemplateFormat:
-    """A `ChatFormat` that renders a checkpoint's own Jinja chat template.
-
-    The template sees unguessable placeholders for the contents. What it writes around them is
-    control text, and contents come in afterwards as plain text, so nothing in them can pass for
-    a part of the template. A second rendering finds what the template does to contents
-    (trimming, or leaving out old reasoning), which is applied to the plain texts.
-
-    Args:
-        tokenizer: A Transformers tokenizer with a chat template; only read.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        controls = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
-        self._special_texts = sorted(controls, key=len, reverse=True)
-
-    @property
-    def joins_text(self) -> bool:
-        """See `ChatFormat.joins_text`."""
-        return True
-
-    def render_chat(self, messages: Sequence[Message]) -> list[Segment]:
-        """See `ChatFormat.render_chat`.
-
-        A system message that the template does not know goes in front of the first user message.
-        """
-        rendered = self._render_safely(messages, merges_system=False)
-        if rendered is None and messages[0].role == "system" and len(messages) > 1:
-            rendered = self._render_safely(messages, merges_system=True)
-        if rendered is None:
-            raise InvalidConversation(
-                "The model's chat template does not accept this conversation. Let user and "
-                "assistant take turns, beginning with the user."
-            )
-        return rendered
-
-    def _render_safely(
-        self, messages: Sequence[Message], *, merges_system: bool
-    ) -> list[Segment] | None:
-        """Render to segments; None when the template refuses or leaves out a message."""
-        secret = secrets.token_hex(12)
-        names = [f"X{secret}N{index}X" for index in range(len(messages))]
-        text = self._render(messages, names, merges_system=merges_system)
-        if text is None:
-            return None
-        pieces = re.split(f"X{secret}N([0-9]+)X", text)
-        controls, order = pieces[::2], [int(index) for index in pieces[1::2]]
-        if set(order) != set(range(len(messages))):
-            return None
-        contents = [message.content for message in messages]
-        slots = self._transformed(messages, controls, order, merges_system=merges_system)
-        slots = slots or [contents[index] for index in order]
-        segments = [Segment(controls[0], is_control=True)]
-        for index, content, control in zip(order, slots, controls[1:], strict=True):
-            segments.append(Segment(content, is_control=False, message=index))
-            segments.append(Segment(control, is_control=True))
-        return segments
-
-    def _transformed(
-        self,
-        messages: Sequence[Message],
-        controls: Sequence[str],
-        order: Sequence[int],
-        *,
-        merges_system: bool,
-    ) -> list[str] | None:
-        """Return each content as the template renders it, or None when that cannot be told.
-
-        Special tokens within contents are masked, so that a control text that has one is found
-        where the template put it and nowhere else.
-        """
-        mask = _Mask([text for text in self._special_texts if any(text in c for c in controls)])
-        contents = [mask.hide(message.content) for message in messages]
-        text = self._render(messages, contents, merges_system=merges_system)
-        if text is None or not text.startswith(controls[0]) or not text.endswith(controls[-1]):
-            return None
-        slots = []
-        place = len(controls[0])
-        for index, control in zip(order[:-1], controls[1:-1], strict=True):
-            end = place + len(contents[index])
-            if not (text.startswith(contents[index], place) and text.startswith(control, end)):
-                end = text.find(control, place) if control else -1
-            if end < 0:
-                return None
-            slots.append(mask.reveal(text[place:end]))
-            place = end + len(control)
-        last = len(text) - len(controls[-1])
-        return [*slots, mask.reveal(text[place:last])] if last >= place else None
-
-    def _render(
-        self, messages: Sequence[Message], contents: Sequence[str], *, merges_system: bool
-    ) -> str | None:
-        """Render the template with other contents; None when it refuses the roles."""
-        from jinja2 import TemplateError
-
-        chat = [
-            {"role": message.role, "content": content}
-            for message, content in zip(messages, contents, strict=True)
-        ]
-        if merges_system:
-            chat[1]["content"] = f"{chat[0]['content']}\n\n{chat[1]['content']}"
-            del chat[0]
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                chat, tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError:
-            return None
-        return text
-
-
-class _Mask:
-    """Replaces texts by unguessable names and back."""
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        secret = secrets.token_hex(12)
-        self._names = {text: f"Y{secret}N{index}Y" for index, text in enumerate(texts)}
-
-    def hide(self, content: str) -> str:
-        for text, name in self._names.items():
-            content = content.replace(text, name)
-        return content
-
-    def reveal(self, content: str) -> str:
-        for text, name in self._names.items():
-            content = content.replace(name, text)
-        return content

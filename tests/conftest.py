@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from api_server import ApiServer, ServeApi, api_settings
 from fake_backend import FakeBackend, ready, wait_until
 
 from qwen.backend import DeferredBackend
@@ -128,6 +129,20 @@ def serve_page(open_port: int) -> Iterator[Callable[..., str]]:
     for demo, deferred in running:
         deferred.close()
         demo.close(verbose=False)
+
+
+@pytest.fixture
+def serve_api(open_port: int) -> Iterator[ServeApi]:
+    """Serve the API alone over a fake backend: `serve_api(backend, **settings) -> ApiServer`."""
+    running: list[ApiServer] = []
+
+    def start(backend: FakeBackend | LocalBackend, **options: object) -> ApiServer:
+        running.append(ApiServer(backend, open_port, api_settings(open_port, **options)))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.close()
 
 
 class RunningApp:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -224,6 +225,37 @@ def test_half_written_folder_of_a_killed_process_is_replaced(tiny: Path, tmp_pat
     (half / "stale").write_text("")
     assert not (convert_gguf(local_gguf(tiny), dtype="float32", cache=tmp_path) / "stale").exists()
     assert not half.exists()
+
+
+@pytest.mark.parametrize("moment", ["within_weights", "after_weights"])
+def test_process_killed_while_it_writes_leaves_nothing_corrupt(
+    tiny: Path, tmp_path: Path, moment: str
+) -> None:
+    code = textwrap.dedent(
+        """
+        import os, signal, sys
+        from pathlib import Path
+        from transformers import Qwen2ForCausalLM
+        from qwen.gguf import convert_gguf, local_gguf
+        save = Qwen2ForCausalLM.save_pretrained
+        def save_and_die(model, folder):
+            if sys.argv[3] == "after_weights":
+                save(model, folder)
+            else:
+                Path(folder).mkdir()
+                (Path(folder) / "model.safetensors").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        Qwen2ForCausalLM.save_pretrained = save_and_die
+        convert_gguf(local_gguf(Path(sys.argv[1])), dtype="float32", cache=Path(sys.argv[2]))
+        """
+    )
+    command = [sys.executable, "-c", code, str(tiny), str(tmp_path), moment]
+    killed = subprocess.run(command, cwd=Path(__file__).parent.parent, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert not converted_folder(local_gguf(tiny), dtype="float32", cache=tmp_path).exists()
+    folder = convert_gguf(local_gguf(tiny), dtype="float32", cache=tmp_path)
+    assert qwen.gguf.is_whole(folder)
+    assert not folder.with_name(folder.name + ".part").exists()
 
 
 def test_two_processes_at_once_convert_once(tiny: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import httpx
 import pytest
 from fake_backend import FakeBackend, wait_until
 from stranger import Stranger, controls
@@ -213,9 +214,40 @@ def test_every_answer_carries_the_security_headers(stranger, path):
     policy = headers["content-security-policy"]
     assert "default-src 'self'" in policy
     assert "object-src 'none'" in policy
-    assert "frame-ancestors" not in policy  # the hosting platforms show the page in a frame
+    assert "frame-ancestors 'self'" in policy
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["referrer-policy"] == "no-referrer"
+
+
+@pytest.mark.parametrize("allowed", [None, "https://example.org 'self'"])
+def test_sites_that_may_frame_the_page_are_configurable(serve_page, allowed):
+    answer = httpx.get(serve_page(FakeBackend(), frame_ancestors=allowed))
+    policy = answer.headers["content-security-policy"]
+    assert policy.endswith(f"; frame-ancestors {allowed}") == (allowed is not None)
+    assert ("frame-ancestors" in policy) == (allowed is not None)
+
+
+@pytest.mark.parametrize("method", ["GET", "OPTIONS"])
+def test_other_sites_pages_may_not_read_the_page(serve_page, method):
+    headers = {
+        "origin": "https://evil.example",
+        "host": "chat.example.org",
+        "access-control-request-method": "POST",
+    }
+    answer = httpx.request(method, serve_page(FakeBackend()) + "config", headers=headers)
+    assert not [name for name in answer.headers if name.startswith("access-control-")]
+
+
+def test_nobody_can_leave_a_file_on_the_server(stranger):
+    files = {"files": ("x.txt", b"x" * 100)}
+    answer = stranger(FakeBackend()).client.post("gradio_api/upload", files=files)
+    assert answer.status_code == 413
+
+
+def test_request_over_the_limit_is_refused_before_it_is_read(serve_page):
+    url = serve_page(FakeBackend(), max_request_bytes=1000)
+    answer = httpx.post(url + "gradio_api/queue/join", content=b"x" * 1001)
+    assert answer.status_code == 413
 
 
 def test_file_of_the_server_cannot_be_fetched(stranger):

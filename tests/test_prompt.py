@@ -59,7 +59,7 @@ def test_control_tokens_in_messages_stay_text():
         .build_chat(
             conversation(hostile, hostile, hostile, system=hostile),
             max_new_tokens=10,
-            reply_prefix=hostile,
+            prefix=[Segment(hostile, is_control=False)],
         )
         .ids
     )
@@ -120,7 +120,9 @@ def test_separate_segments_never_merge_with_the_line_break():
 
 def test_reply_prefix_follows_the_opening_of_the_reply():
     plain = builder().build_chat(conversation("a"), max_new_tokens=1)
-    continued = builder().build_chat(conversation("a"), max_new_tokens=1, reply_prefix="!so")
+    continued = builder().build_chat(
+        conversation("a"), max_new_tokens=1, prefix=[Segment("!so", is_control=False)]
+    )
     assert continued.ids == (*plain.ids, *ids_of("!so"))
     assert continued.usage.query == plain.usage.query + 3
 
@@ -269,7 +271,8 @@ def test_raw_prompt_over_the_context_is_refused():
         ([Message("system", "s")], "last message"),
         ([Message("user", "a"), Message("assistant", "b")], "last message"),
         ([Message("user", "a"), Message("system", "b"), Message("user", "c")], "system"),
-        ([Message("tool", "a"), Message("user", "c")], "unknown role"),
+        ([Message("tool", "a"), Message("user", "c")], "no call"),
+        ([Message("narrator", "a"), Message("user", "c")], "unknown role"),
         ([Message(["user"], "a"), Message("user", "c")], "unknown role"),
         ([Message("user", 7), Message("user", "c")], "not text"),
         ([Message("user", None)], "not text"),

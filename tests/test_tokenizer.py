@@ -11,6 +11,7 @@ from tiny_model import (
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from qwen.chat_format import Segment
 from qwen.errors import CheckpointUnsupported, InvalidConversation
 from qwen.messages import Message
 from qwen.prompt import PromptBuilder
@@ -87,7 +88,7 @@ def test_reply_prefix_equals_continue_final_message(prefix):
     expected = template_ids(
         tokenizer, [*messages, Message("assistant", prefix)], continue_final_message=True
     )
-    assert prompt_ids(tokenizer, messages, reply_prefix=prefix) == expected
+    assert prompt_ids(tokenizer, messages, prefix=[Segment(prefix, is_control=False)]) == expected
 
 
 def test_default_system_text_of_the_template_counts_as_system():
@@ -261,7 +262,10 @@ def test_embedded_reply_prefix_equals_continue_final_message(real_tokenizer):
         expected = template_ids(
             real_tokenizer, [*messages, Message("assistant", prefix)], continue_final_message=True
         )
-        assert prompt_ids(real_tokenizer, messages, reply_prefix=prefix) == expected
+        assert (
+            prompt_ids(real_tokenizer, messages, prefix=[Segment(prefix, is_control=False)])
+            == expected
+        )
 
 
 @pytest.mark.integration

@@ -1,7 +1,7 @@
-"""Starts and stops the server: the page through Gradio's `launch`, which also does share links.
+"""Starts and stops the server: page and API through Gradio's `launch`, or the API alone.
 
-Shut-down: the first Ctrl-C or SIGTERM cancels running replies and ends the process in well under
-three seconds.
+Shut-down: after the first Ctrl-C or SIGTERM nothing new is begun; running replies may go on for
+`Settings.stop_seconds`, then they are cut with a notice. The second one ends the process at once.
 """
 
 from __future__ import annotations
@@ -10,50 +10,48 @@ import atexit
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
 from qwen.backend import DeferredBackend, LoadStatus
 from qwen.errors import StartupError
-from webapp.settings import Settings
+from webapp.activity import Activity
+from webapp.logs import set_up_logs
+from webapp.settings import DEFAULT_HOST, DEFAULT_PORT, Settings
 
 logger = logging.getLogger(__name__)
 
 #: Threads for handlers; a running reply holds one for at most a heartbeat at a time.
 HANDLER_THREADS = 100
-#: Nothing from elsewhere is loaded, whatever a reply contains. Gradio needs inline scripts and
-#: styles and compiles its components' templates with eval. No frame-ancestors: Hugging Face and
-#: ModelScope show the page in a frame.
-CONTENT_SECURITY_POLICY = "; ".join(
-    (
-        "default-src 'self'",
-        "script-src 'self' 'unsafe-inline' 'unsafe-eval'",
-        "style-src 'self' 'unsafe-inline'",
-        "img-src 'self' data: blob:",
-        "font-src 'self' data:",
-        "connect-src 'self'",
-        "worker-src 'self' blob:",
-        "object-src 'none'",
-        "form-action 'self'",
-        "base-uri 'self'",
-    )
-)
+#: Seconds that replies which are cut get for their end, and then the network for the last words.
+CUT_SECONDS, FLUSH_SECONDS = 0.5, 0.3
 
 
-def serve(settings: Settings, backend: DeferredBackend) -> int:
+def serve(settings: Settings, backend: DeferredBackend, activity: Activity) -> int:
     """Load the model behind the page, serve until told to stop, and clean up.
+
+    Args:
+        settings: What was asked for.
+        backend: Answers the requests.
+        activity: What watches the real backend, so that its replies can be waited for.
 
     Returns:
         The process's exit code: 0 after an ordinary stop, 1 when the server cannot start.
     """
+    set_up_logs(settings.log_format)
     for warning in settings.warnings:
         print(f"Warning: {warning}", file=sys.stderr)
     stopped = _stop_on_signals()
     backend.start()
+    launch = launch_api if settings.api.mode == "only" else launch_page
     try:
-        launch_page(settings, backend)
+        launch(settings, backend, activity)
     except StartupError as error:
         print(f"Error: {error}", file=sys.stderr)
         backend.close()
@@ -61,9 +59,22 @@ def serve(settings: Settings, backend: DeferredBackend) -> int:
     try:
         stopped.wait()
         print("Stopping …", flush=True)
+        _let_replies_end(settings, backend, activity)
     finally:
         backend.close()
     return 0
+
+
+def _let_replies_end(settings: Settings, backend: DeferredBackend, activity: Activity) -> None:
+    """Give running replies their time, then cut them; begin no new ones."""
+    activity.stop()
+    if not activity.num_open:
+        return
+    if not activity.wait_until_idle(settings.stop_seconds):
+        print("Cutting the replies that still run.", flush=True)
+        backend.close()
+        activity.wait_until_idle(CUT_SECONDS)
+    time.sleep(FLUSH_SECONDS)
 
 
 def end_process(code: int) -> NoReturn:
@@ -91,8 +102,10 @@ def _stop_on_signals() -> threading.Event:
     return stopped
 
 
-def launch_page(settings: Settings, backend: DeferredBackend) -> Any:
-    """Build the page and start serving it on threads of its own.
+def launch_page(
+    settings: Settings, backend: DeferredBackend, activity: Activity | None = None
+) -> Any:
+    """Build the page, and the API beside it, and start serving them on threads of their own.
 
     Returns:
         The running Gradio Blocks; its `close` ends it.
@@ -103,11 +116,12 @@ def launch_page(settings: Settings, backend: DeferredBackend) -> Any:
     # Before the import: Gradio reads it there, and otherwise asks its makers' server at start.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.pop("GRADIO_SERVER_PORT", None)  # is in the settings, unless it was overruled
-    from starlette.middleware import Middleware
-
     from webapp.ui import launch_options
 
     demo = _build(settings, backend)
+    api = None
+    if settings.api.mode == "beside":
+        api = _build_api(settings, backend, activity or Activity())
     try:
         _, local_url, share_url = demo.launch(
             prevent_thread_lock=True,
@@ -121,17 +135,107 @@ def launch_page(settings: Settings, backend: DeferredBackend) -> Any:
             ssr_mode=False,
             run_history=False,
             footer_links=[],
-            app_kwargs={"middleware": [Middleware(SecurityHeaders)]},
+            max_file_size=1,  # the page takes no files, so nobody may leave any here
+            app_kwargs={"lifespan": _in_front(settings, api)},
             **launch_options(),
         )
     except OSError as error:
-        raise StartupError(
-            f"Port {settings.server_port} on {settings.server_name} cannot be used: another "
-            "program may be listening there. Stop it, or choose another port with --server-port; "
-            "with --server-name, name an address of this machine."
-        ) from error
-    _announce(local_url, share_failed=settings.share and not share_url)
+        raise _port_taken(settings.server_name, settings.server_port) from error
+    _announce(f"Open {local_url}")
+    if settings.share and not share_url:
+        print(
+            "Warning: no public link could be made, since Gradio's share service did not answer. "
+            "The local address works.",
+            file=sys.stderr,
+        )
     return demo
+
+
+def launch_api(settings: Settings, backend: DeferredBackend, activity: Activity) -> RunningApi:
+    """Start serving the API alone, on a thread of its own.
+
+    Raises:
+        StartupError: The port is taken.
+    """
+    import uvicorn
+
+    from webapp.front import SecurityHeaders
+
+    host, port = settings.server_name or DEFAULT_HOST, settings.server_port or DEFAULT_PORT
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host.strip("[]"), port), family=family, backlog=2048)
+    except OSError as error:
+        raise _port_taken(host, port) from error
+    app = SecurityHeaders(_build_api(settings, backend, activity), frame_ancestors="'none'")
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, lifespan="off"
+    )
+    running = RunningApi(uvicorn.Server(config), listener)
+    _announce(f"The API is at http://{host}:{port}/v1")
+    return running
+
+
+class RunningApi:
+    """The API's server on a thread of its own; `close` ends it."""
+
+    def __init__(self, server: Any, listener: socket.socket) -> None:
+        self._server = server
+        self._listener = listener
+        self._thread = threading.Thread(
+            target=server.run, kwargs={"sockets": [listener]}, name="api-server", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the server, and with it the replies that are still being sent."""
+        self._server.should_exit = self._server.force_exit = True
+        self._thread.join()
+        self._listener.close()
+
+
+def _port_taken(host: str | None, port: int | None) -> StartupError:
+    return StartupError(
+        f"Port {port} on {host} cannot be used: another program may be listening there. Stop it, "
+        "or choose another port with --server-port; with --server-name, name an address of this "
+        "machine."
+    )
+
+
+def _build_api(settings: Settings, backend: DeferredBackend, activity: Activity) -> Any:
+    """Build the API; the page's login opens it where no other key was set."""
+    from webapp.api import build_api
+    from webapp.api_auth import AccessControl
+
+    options = settings.api
+    logins = [login for login in (options.login,) if login]
+    if settings.auth and not options.keys and not logins:
+        logins = [settings.auth]
+    access = AccessControl(keys=options.keys, logins=logins)
+    return build_api(
+        backend, options, access, activity, max_request_bytes=settings.max_request_bytes
+    )
+
+
+def _in_front(settings: Settings, api: Any) -> Callable[[Any], Any]:
+    """Return a lifespan that puts headers, limits and the API in front of Gradio's application.
+
+    As ordinary middleware they would stand behind Gradio's own, which compresses event streams and
+    lets every web page in that asks a server with a public name.
+    """
+    from webapp.front import build_front
+
+    @asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[None]:
+        app.middleware_stack = build_front(
+            app.middleware_stack,
+            api,
+            frame_ancestors=settings.frame_ancestors,
+            max_request_bytes=settings.max_request_bytes,
+        )
+        yield
+
+    return lifespan
 
 
 def _build(settings: Settings, backend: DeferredBackend) -> Any:
@@ -154,40 +258,11 @@ def _build(settings: Settings, backend: DeferredBackend) -> Any:
     return build_page(handlers).queue(api_open=False)
 
 
-def _announce(local_url: str, *, share_failed: bool) -> None:
+def _announce(line: str) -> None:
     from tqdm import tqdm
 
-    tqdm.write(f"Open {local_url}")  # on a line of its own, beside a bar that is being drawn
+    tqdm.write(line)  # on a line of its own, beside a bar that is being drawn
     sys.stdout.flush()
-    if share_failed:
-        print(
-            "Warning: no public link could be made, since Gradio's share service did not answer. "
-            "The local address works.",
-            file=sys.stderr,
-        )
-
-
-class SecurityHeaders:
-    """ASGI middleware that adds the security headers to every HTTP response."""
-
-    HEADERS = (
-        (b"content-security-policy", CONTENT_SECURITY_POLICY.encode()),
-        (b"x-content-type-options", b"nosniff"),
-        (b"referrer-policy", b"no-referrer"),
-    )
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Pass a request on and add the headers to the start of its response."""
-
-        async def send_with_headers(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *self.HEADERS]
-            await send(message)
-
-        await self._app(scope, receive, send_with_headers if scope["type"] == "http" else send)
 
 
 class TerminalProgress:

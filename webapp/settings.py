@@ -7,13 +7,17 @@ platform wants, default. Flags and defaults of the reference demo keep their nam
 from __future__ import annotations
 
 import argparse
+import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from qwen.load_options import (
     DEFAULT_OPTIONS,
     LoadOptions,
     add_load_arguments,
+    positive_int,
     read_checkpoint,
     read_load_options,
 )
@@ -21,6 +25,12 @@ from qwen.load_options import (
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
 STUDIO_HOST, STUDIO_PORT = "0.0.0.0", 7860
+#: Elsewhere than on Spaces and Studio, which show the page in a frame of theirs.
+DEFAULT_FRAME_ANCESTORS = "'self'"
+#: Room for the longest conversation that the page keeps, in three-byte characters.
+DEFAULT_REQUEST_MB = 16
+#: With the notices that follow, an ordinary Ctrl-C takes less than three seconds.
+DEFAULT_STOP_SECONDS = 1.5
 
 DESCRIPTION = """\
 Chat with a Qwen model in the browser. Without any flag, a small real Qwen runs on this
@@ -35,12 +45,35 @@ checkpoints:
   modelscope:OWNER/NAME[@REV]  from ModelScope
 
 environment:
-  QWEN_CHECKPOINT, QWEN_AUTH   as --checkpoint-path and --auth (keeps a password off the
+  QWEN_CHECKPOINT              as --checkpoint-path
+  QWEN_AUTH, QWEN_API_KEY, QWEN_API_AUTH
+                               as --auth, --api-key and --api-auth (keeps a password off the
                                process list)
   QWEN_CACHE                   where weights are kept (default ~/.cache/qwen-webui)
   GRADIO_SERVER_NAME, GRADIO_SERVER_PORT, GRADIO_SHARE
                                as --server-name, --server-port and --share
 """
+
+
+@dataclass(frozen=True, slots=True)
+class ApiOptions:
+    """What the API is to be.
+
+    Attributes:
+        mode: "beside" the page, "only" the API, or "none".
+        keys: Each opens the API (Bearer); a key or its Argon2 hash.
+        login: User name and password that open the API (Basic).
+        cors_origins: Web pages of these origins may use it.
+        max_requests: At once, waiting ones included.
+        max_requests_per_client: The same, of one address.
+    """
+
+    mode: Literal["beside", "only", "none"] = "beside"
+    keys: tuple[str, ...] = field(default=(), repr=False)
+    login: tuple[str, str] | None = field(default=None, repr=False)
+    cors_origins: tuple[str, ...] = ()
+    max_requests: int = 64
+    max_requests_per_client: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +87,12 @@ class Settings:
         server_port: Port to listen on; None lets the platform choose.
         auth: User name and password that the page asks for.
         system_prompt: The system prompt that a new visitor starts with.
+        api: The API beside the page, or instead of it.
+        frame_ancestors: Sites that may show the page in a frame; None leaves it to browsers,
+            which let everybody.
+        max_request_bytes: The largest body of a request, to the page or to the API.
+        stop_seconds: So long running replies may go on when the server is told to stop.
+        log_format: Of the lines on standard error.
         warnings: Sentences to print at start.
     """
 
@@ -63,8 +102,13 @@ class Settings:
     inbrowser: bool = False
     server_name: str | None = DEFAULT_HOST
     server_port: int | None = DEFAULT_PORT
-    auth: tuple[str, str] | None = None
+    auth: tuple[str, str] | None = field(default=None, repr=False)
     system_prompt: str = "You are a helpful assistant."
+    api: ApiOptions = ApiOptions()
+    frame_ancestors: str | None = DEFAULT_FRAME_ANCESTORS
+    max_request_bytes: int = DEFAULT_REQUEST_MB * 2**20
+    stop_seconds: float = DEFAULT_STOP_SECONDS
+    log_format: Literal["text", "json"] = "text"
     warnings: tuple[str, ...] = ()
 
 
@@ -77,8 +121,7 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     parser = _build_parser()
     given = parser.parse_args(argv)
     host, port = _address(parser, given, environ)
-    auth_text = given.auth if given.auth is not None else environ.get("QWEN_AUTH")
-    auth = _parse_auth(parser, auth_text) if auth_text else None
+    auth = _login(parser, "--auth", given.auth, environ.get("QWEN_AUTH"))
     share = given.share or environ.get("GRADIO_SHARE", "").lower() in ("1", "true", "yes")
     warnings = []
     if auth is None and share:
@@ -86,6 +129,7 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
             "--share without --auth: everyone who learns the public link can use this model. "
             "Add --auth USER:PASSWORD to ask for a login."
         )
+    api = _read_api_options(parser, given, environ)
     return Settings(
         checkpoint=read_checkpoint(given, environ),
         load=read_load_options(parser, given),
@@ -95,6 +139,11 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         server_port=port,
         auth=auth,
         system_prompt=given.system_prompt,
+        api=api,
+        frame_ancestors=_frame_ancestors(parser, given.frame_ancestors, environ),
+        max_request_bytes=given.max_request_mb * 2**20,
+        stop_seconds=given.stop_seconds,
+        log_format=given.log_format,
         warnings=tuple(warnings),
     )
 
@@ -127,9 +176,128 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     server.add_argument("--share", action="store_true", help="make a public link through Gradio")
     server.add_argument(
-        "--auth", metavar="USER:PASSWORD", help="ask for this login before showing the page"
+        "--auth",
+        metavar="USER:PASSWORD",
+        help="ask for this login before showing the page; it closes the API too",
     )
+    _add_limits(server)
+    _add_api_arguments(parser.add_argument_group("API (/v1, as OpenAI's)"))
     return parser
+
+
+def _add_limits(server: argparse._ArgumentGroup) -> None:
+    server.add_argument(
+        "--frame-ancestors",
+        metavar="SOURCES",
+        help="sites that may show the page in a frame, as in a Content-Security-Policy "
+        "(default: 'self'; any on Spaces and Studio)",
+    )
+    server.add_argument(
+        "--max-request-mb",
+        type=positive_int,
+        metavar="N",
+        default=DEFAULT_REQUEST_MB,
+        help="largest request in MiB (default: %(default)s)",
+    )
+    server.add_argument(
+        "--stop-seconds",
+        type=_seconds,
+        metavar="S",
+        default=DEFAULT_STOP_SECONDS,
+        help="so long running replies may go on after Ctrl-C or SIGTERM (default: %(default)g)",
+    )
+    server.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="lines of key=value or of JSON (default: %(default)s)",
+    )
+
+
+def _add_api_arguments(api: argparse._ArgumentGroup) -> None:
+    defaults = ApiOptions()
+    modes = api.add_mutually_exclusive_group()
+    modes.add_argument("--api-only", action="store_true", help="serve the API without the page")
+    modes.add_argument("--no-api", action="store_true", help="serve the page without the API")
+    api.add_argument(
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        help="ask clients for this key (Bearer); may be given several times, and as an Argon2 hash",
+    )
+    api.add_argument(
+        "--api-auth", metavar="USER:PASSWORD", help="ask clients for this login (Basic)"
+    )
+    api.add_argument(
+        "--cors-origin",
+        action="append",
+        type=_origin,
+        metavar="ORIGIN",
+        help="let web pages of this origin use the API, for example https://example.org; may be "
+        "given several times (default: none)",
+    )
+    api.add_argument(
+        "--max-requests",
+        type=positive_int,
+        metavar="N",
+        default=defaults.max_requests,
+        help="requests at once, waiting ones included (default: %(default)s)",
+    )
+    api.add_argument(
+        "--max-requests-per-client",
+        type=positive_int,
+        metavar="N",
+        default=defaults.max_requests_per_client,
+        help="requests at once of one address (default: %(default)s)",
+    )
+
+
+def _read_api_options(
+    parser: argparse.ArgumentParser, given: argparse.Namespace, environ: Mapping[str, str]
+) -> ApiOptions:
+    keys = given.api_key or [key for key in [environ.get("QWEN_API_KEY")] if key]
+    if not all(keys):
+        parser.error("--api-key must not be empty")
+    return ApiOptions(
+        mode="only" if given.api_only else "none" if given.no_api else "beside",
+        keys=tuple(keys),
+        login=_login(parser, "--api-auth", given.api_auth, environ.get("QWEN_API_AUTH")),
+        cors_origins=tuple(given.cors_origin or ()),
+        max_requests=given.max_requests,
+        max_requests_per_client=given.max_requests_per_client,
+    )
+
+
+def _frame_ancestors(
+    parser: argparse.ArgumentParser, given: str | None, environ: Mapping[str, str]
+) -> str | None:
+    if given is None:
+        on_platform = "SPACE_ID" in environ or environ.get("MODELSCOPE_ENVIRONMENT") == "studio"
+        return None if on_platform else DEFAULT_FRAME_ANCESTORS
+    if not re.fullmatch(r"[!-+\--:<-~]+( [!-+\--:<-~]+)*", given):
+        parser.error(
+            "--frame-ancestors must be sources with a space between, without ; and , for example "
+            "\"'self' https://example.org\""
+        )
+    return given
+
+
+def _origin(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not an origin such as https://example.org, without a path, and not *"
+        )
+    return text
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to 86400")
+    return seconds
 
 
 def _port(text: str) -> int:
@@ -138,10 +306,16 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _parse_auth(parser: argparse.ArgumentParser, text: str) -> tuple[str, str]:
+def _login(
+    parser: argparse.ArgumentParser, flag: str, given: str | None, from_environment: str | None
+) -> tuple[str, str] | None:
+    text = given if given is not None else from_environment
+    if not text:
+        return None
     user, _, password = text.partition(":")
     if not user or not password:
-        parser.error("--auth (or QWEN_AUTH) must be USER:PASSWORD, with both parts given")
+        variable = "QWEN_" + flag.removeprefix("--").replace("-", "_").upper()
+        parser.error(f"{flag} (or {variable}) must be USER:PASSWORD, with both parts given")
     return user, password
 
 
