@@ -100,6 +100,12 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen.checkpoint_shape": (2.9, ""),
     "qwen.preflight": (3.5, "torch"),
     "qwen.local": (4, ""),
+    "qwen.remote_engines": (1, ""),
+    "qwen.remote_wire": (1.5, ""),
+    "qwen.remote_errors": (1, "openai"),
+    "qwen.remote_loop": (0, ""),
+    "qwen.remote_counting": (1, ""),
+    "qwen.remote": (4, "openai"),
     "qwen.chosen_backend": (4.5, ""),
     "qwen": (5, "transformers"),
     # The terminal chat.
