@@ -13,9 +13,10 @@ def main() -> int:
     settings = parse_settings(sys.argv[1:], os.environ)
 
     def load(report: ReportProgress) -> ChatBackend:
-        from qwen.local import load_backend
+        from qwen.chosen_backend import load_chosen_backend
 
-        return load_backend(settings.checkpoint, settings.load, report=report)
+        checkpoint, options, remote = settings.checkpoint, settings.load, settings.remote
+        return load_chosen_backend(checkpoint, options, remote, report=report)
 
     return serve(settings, DeferredBackend(load, on_status=TerminalProgress()))
 

@@ -101,9 +101,10 @@ def retry_pause(error: Exception, attempt: int) -> float | None:
         asked = _retry_after(error.response.headers)
         return pause if asked is None else asked if asked <= _LONGEST_PAUSE else None
     # A timeout is not tried again: the engine may still be at work on the first attempt.
-    if isinstance(error, QwenError | TimeoutError | openai.APITimeoutError | json.JSONDecodeError):
-        is_cut = isinstance(error, EngineFailed) and type(error) is EngineFailed
-        return pause if is_cut and attempt == 1 else None
+    if isinstance(error, TimeoutError | openai.APITimeoutError):
+        return None
+    if isinstance(error, QwenError):
+        return pause if type(error) is EngineFailed else None
     return pause
 
 
