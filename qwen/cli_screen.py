@@ -10,7 +10,7 @@ import time
 from typing import Any, ClassVar, Protocol, TextIO
 
 from markdown_it import MarkdownIt
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.markdown import CodeBlock, Heading, Markdown, MarkdownElement
 from rich.segment import Segment
@@ -69,7 +69,7 @@ class Screen:
 
     def markdown(self, text: str) -> None:
         """Print a whole text as a finished reply."""
-        self._console.print(render_markdown(safe_text(text)))
+        self._console.print(_Rows(safe_text(text)))
 
     def clear(self) -> None:
         """Empty the terminal."""
@@ -154,7 +154,7 @@ class RenderedReply:
     def _print(self, block: str) -> None:
         if self._printed:
             self._console.print()
-        self._console.print(render_markdown(block))
+        self._console.print(_Rows(block))
         self._printed = True
 
     def _draw(self) -> None:
@@ -169,24 +169,25 @@ class RenderedReply:
                 redirect_stderr=False,
             )
             self._live.start()
-        self._live.update(_LastRows(tail, rows, spaced=self._printed), refresh=True)
+        shown = _Rows(tail, rows)
+        self._live.update(Group("", shown) if self._printed else shown, refresh=True)
         self._drawn = time.monotonic()
 
 
-class _LastRows:
-    """The last rows of a Markdown text, as many as there is room for."""
+class _Rows:
+    """A Markdown text without the empty rows around it; the last so many rows of it."""
 
-    def __init__(self, text: str, rows: int, *, spaced: bool) -> None:
-        self._text, self._rows, self._spaced = text, rows, spaced
+    def __init__(self, text: str, last: int | None = None) -> None:
+        self._text, self._last = text, last
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        lines = console.render_lines(
+        rows = console.render_lines(
             render_markdown(self._text), options.update(height=None), pad=False
         )
-        if self._spaced:
-            yield Segment.line()
-        for line in lines[-self._rows :]:
-            yield from line
+        filled = [n for n, row in enumerate(rows) if any(part.text.strip() for part in row)]
+        rows = rows[filled[0] : filled[-1] + 1] if filled else []
+        for row in rows[-self._last :] if self._last else rows:
+            yield from row
             yield Segment.line()
 
 

@@ -241,3 +241,24 @@ def test_wrong_flags_end_with_2_and_a_reason(env, arguments, reason):
     ran = pipe(env, b"hi", *arguments)
     assert ran.returncode == 2
     assert reason in ran.stderr
+
+
+@pytest.mark.integration
+def test_the_embedded_model_chats_in_a_terminal_and_remembers(embedded_folder, env, tmp_path):
+    cache = Path(env["QWEN_CACHE"])
+    cache.mkdir()
+    for folder in embedded_folder.parent.parent.iterdir():
+        if folder.is_dir():  # the weights, but not the history of whoever runs the tests
+            (cache / folder.name).symlink_to(folder)
+    with Terminal("-m", "qwen.cli", "--cpu-only", "-s", "1", env=env) as terminal:
+        terminal.wait_for("You>", seconds=180)
+        assert "Qwen2.5-Coder-0.5B-Instruct" in terminal.screen
+        say(terminal, ":conf temperature=0 max_new_tokens=40", "temperature=0")
+        say(terminal, "What is the capital of France? One word.", "Paris")
+        say(terminal, "And of Italy? One word.", "Rome")
+        say(terminal, ":tokens", "of 32,768 left")
+        say(terminal, f":save {tmp_path / 'chat.json'}", "Saved 2 turns")
+        terminal.type(CTRL_D)
+        assert terminal.end(30) == 0
+    saved = json.loads((tmp_path / "chat.json").read_text("utf-8"))
+    assert "Rome" in saved["messages"][-1]["content"]

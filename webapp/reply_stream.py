@@ -20,17 +20,24 @@ logger = logging.getLogger(__name__)
 
 #: Between two pictures of a growing reply; more often only saturates the browser.
 PACE_SECONDS = 0.1
+#: Characters of a model's thoughts that are shown.
+THOUGHT_CHARACTERS = 200
 #: Between two pictures while nothing new came.
 HEARTBEAT_SECONDS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A reply so far: all text, the context's use once known, the last event at the end."""
+    """A reply so far: all text, the context's use once known, the last event at the end.
+
+    Attributes:
+        thoughts: The end of what a remote engine's model has thought, before there is text.
+    """
 
     text: str = ""
     context: ContextUsage | None = None
     final: StreamEvent | None = None
+    thoughts: str = ""
 
 
 class _Collector:
@@ -40,6 +47,7 @@ class _Collector:
         self._changed = threading.Condition()
         self._pieces: list[str] = []
         self.context: ContextUsage | None = None
+        self.thoughts = ""
         self.final: StreamEvent | None = None
         self.error: Exception | None = None
         self.done = False
@@ -50,6 +58,7 @@ class _Collector:
                 with self._changed:
                     self._pieces.append(event.text)
                     self.context = event.context or self.context
+                    self.thoughts = (self.thoughts + event.reasoning)[-THOUGHT_CHARACTERS:]
                     if event.finish_reason is not None:
                         self.final = event
                     self._changed.notify_all()
@@ -90,7 +99,8 @@ def stream_snapshots(
         while not done:
             new, done = collector.take()
             text += new
-            yield Snapshot(text, collector.context, collector.final if done else None)
+            final = collector.final if done else None
+            yield Snapshot(text, collector.context, final, collector.thoughts)
             if new and not done:
                 time.sleep(PACE_SECONDS)
         if collector.error is not None:

@@ -111,6 +111,7 @@ _TABLE: dict[str, tuple[str, str, str]] = {
         "読み込み前の見積もり:重み {weights} · {context} トークンのキャッシュ {cache} · "
         "作業用 {working} · 空き {free}",
     ),
+    "thinking": ("Thinking: … {thoughts}", "思考中：… {thoughts}", "思考中: … {thoughts}"),
     "waiting": ("Reading your message …", "正在阅读您的消息……", "メッセージを読んでいます…"),
     "busy": (
         "A reply is still being written here. Stop it or wait for its end, then send again.",
