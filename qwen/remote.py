@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import openai
@@ -28,17 +28,14 @@ from qwen.errors import (
 from qwen.messages import (
     ChatRequest,
     ContextUsage,
-    FinishReason,
-    SamplingParams,
     StreamEvent,
-    Timing,
-    Usage,
 )
 from qwen.remote_counting import RemoteCounter
 from qwen.remote_engines import RemoteModel, choose_model
 from qwen.remote_errors import retry_pause, silent, to_qwen_error
 from qwen.remote_loop import LoopThread
 from qwen.remote_options import RemoteOptions
+from qwen.remote_reply import RemoteReply, build_info
 from qwen.remote_wire import Chunk, parse_chunk, request_body, request_path
 
 logger = logging.getLogger(__name__)
@@ -132,7 +129,7 @@ class OpenAIBackend:
         _check_not_empty(request)
         fitted = self._counter.fit(request, self._info.context_length, self._max_input_tokens)
         yield StreamEvent(context=fitted.usage)
-        reply = _Reply(asked, fitted.usage.prompt)
+        reply = RemoteReply(asked, fitted.usage.prompt)
         chunks = self._loop_iterate(
             self._chunks(fitted.request, max_tokens=fitted.max_tokens), cancel
         )
@@ -335,64 +332,6 @@ def _check_not_empty(request: ChatRequest) -> None:
     last = request.messages[-1] if request.messages else None
     if last is None or (last.role == "user" and not last.content.strip()):
         raise EmptyMessage("The message is empty. Write something first.")
-
-
-def build_info(model: RemoteModel) -> BackendInfo:
-    """Say what a page shows of a remote model. The engine's address is nobody's business there."""
-    notices = []
-    if model.kind.no_top_k is None:
-        notices.append(
-            "This engine is not known to take top-k and repetition penalty; they are left to it."
-        )
-    longest = min(1024, model.context_length // 4) if model.context_length else 1024
-    return BackendInfo(
-        name=model.name,
-        context_length=model.context_length,
-        device=f"remote engine ({model.kind.name})" if model.kind.name else "remote engine",
-        dtype="",
-        default_params=replace(SamplingParams(), max_new_tokens=max(longest, 1)),
-        notices=tuple(notices),
-    )
-
-
-@dataclass
-class _Reply:
-    """What is known of a running reply; times are seconds of the monotonic clock."""
-
-    asked: float
-    prompt_tokens: int
-    pieces: int = 0
-    first: float = 0.0
-    last: float = 0.0
-    finish_reason: FinishReason = "stop"
-    usage: Usage | None = field(default=None)
-
-    def add(self, chunk: Chunk) -> StreamEvent | None:
-        """Take a chunk; return what a reader gets of it."""
-        self.usage = chunk.usage or self.usage
-        self.finish_reason = chunk.finish_reason or self.finish_reason
-        if not chunk.says_something:
-            return None
-        self.last = time.monotonic()
-        self.first = self.first or self.last
-        self.pieces += 1
-        return StreamEvent(
-            text=chunk.text,
-            logprobs=chunk.logprobs,
-            tool_calls=chunk.tool_calls,
-            reasoning=chunk.reasoning,
-        )
-
-    def final(self, *, cancelled: bool) -> StreamEvent:
-        """Return the last event. Where the engine did not count, a piece is taken for a token."""
-        usage = self.usage or Usage(self.prompt_tokens, self.pieces)
-        seconds = self.last - self.first
-        speed = (usage.completion_tokens - 1) / seconds if seconds > 0 else 0.0
-        return StreamEvent(
-            finish_reason="cancelled" if cancelled else self.finish_reason,
-            usage=usage,
-            timing=Timing((self.first or time.monotonic()) - self.asked, max(speed, 0.0)),
-        )
 
 
 def open_remote(

@@ -151,17 +151,11 @@ def parse_chunk(data: object) -> Chunk:
     if not isinstance(data, Mapping):
         raise _garbage()
     usage = _parse_usage(data.get("usage"))
-    choices = data.get("choices") or []
-    if not isinstance(choices, list):
-        raise _garbage()
+    choices = _list(data.get("choices"))
     if not choices:
         return Chunk(usage=usage)
-    choice = choices[0]
-    if not isinstance(choice, Mapping):
-        raise _garbage()
-    delta = choice.get("delta") or {}
-    if not isinstance(delta, Mapping):
-        raise _garbage()
+    choice = _mapping(choices[0])
+    delta = _mapping(choice.get("delta"))
     reasoning = delta.get("reasoning_content") or delta.get("reasoning")
     return Chunk(
         text=_text(delta.get("content", choice.get("text"))),
@@ -210,15 +204,10 @@ def _parse_finish(value: object) -> FinishReason | None:
 
 
 def _parse_calls(value: object) -> tuple[ToolCallDelta, ...]:
-    if not value:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(entry, Mapping) for entry in value):
-        raise _garbage()
     calls = []
-    for place, entry in enumerate(value):
-        function = entry.get("function") or {}
-        index = entry.get("index", place)
-        if not isinstance(function, Mapping) or not isinstance(index, int):
+    for place, entry in enumerate(map(_mapping, _list(value))):
+        function, index = _mapping(entry.get("function")), entry.get("index", place)
+        if not isinstance(index, int):
             raise _garbage()
         calls.append(
             ToolCallDelta(
@@ -236,29 +225,41 @@ def _parse_logprobs(value: object) -> tuple[TokenLogprobs, ...]:
     if not isinstance(value, Mapping):
         return ()
     content = value.get("content")
-    if isinstance(content, list):
+    if content is not None:
         return tuple(
-            TokenLogprobs(*_scored(entry), tuple(map(_scored, entry.get("top_logprobs") or ())))
-            for entry in content
-            if isinstance(entry, Mapping)
+            TokenLogprobs(*_scored(entry), tuple(map(_scored, _list(entry.get("top_logprobs")))))
+            for entry in map(_mapping, _list(content))
         )
-    tokens, scores = value.get("tokens") or [], value.get("token_logprobs") or []
-    tops = value.get("top_logprobs") or [None] * len(tokens)
-    if not all(isinstance(column, list) for column in (tokens, scores, tops)):
-        raise _garbage()
+    tokens, scores = _list(value.get("tokens")), _list(value.get("token_logprobs"))
+    tops = _list(value.get("top_logprobs")) or [None] * len(tokens)
     return tuple(
         TokenLogprobs(
             _text(token).encode(),
             _number(score),
-            tuple((str(key).encode(), _number(n)) for key, n in (top or {}).items()),
+            tuple((_text(key).encode(), _number(n)) for key, n in _mapping(top).items()),
         )
         for token, score, top in zip(tokens, scores, tops, strict=False)
     )
 
 
-def _scored(entry: object) -> tuple[bytes, float]:
-    if not isinstance(entry, Mapping):
+def _list(value: object) -> list[Any]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
         raise _garbage()
+    return value
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise _garbage()
+    return value
+
+
+def _scored(value: object) -> tuple[bytes, float]:
+    entry = _mapping(value)
     data = entry.get("bytes")
     if isinstance(data, list) and all(isinstance(n, int) and 0 <= n < 256 for n in data):
         return bytes(data), _number(entry.get("logprob"))
@@ -266,4 +267,7 @@ def _scored(entry: object) -> tuple[bytes, float]:
 
 
 def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else float("-inf")
+    try:
+        return float(value) if isinstance(value, int | float) else float("-inf")
+    except OverflowError:
+        raise _garbage() from None

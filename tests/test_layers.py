@@ -105,6 +105,7 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen.remote_errors": (1, "openai"),
     "qwen.remote_loop": (0, ""),
     "qwen.remote_counting": (1, ""),
+    "qwen.remote_reply": (2, ""),
     "qwen.remote": (4, "openai"),
     "qwen.chosen_backend": (4.5, ""),
     "qwen": (5, "transformers"),

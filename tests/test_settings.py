@@ -111,3 +111,14 @@ def test_help_names_every_setting(capsys):
     assert stopped.value.code == 0
     for name in ("--checkpoint-path", "--max-input-tokens", "--auth", "QWEN_CACHE", "modelscope:"):
         assert name in text
+
+
+def test_a_remote_engine_takes_the_place_of_the_checkpoint():
+    settings = parse_settings(
+        ["--base-url", "http://127.0.0.1:8080", "--api-key-env", "KEY", "--model", "m"],
+        {"KEY": "sk-1", "QWEN_CHECKPOINT": "ignored"},
+    )
+    assert settings.remote is not None
+    assert settings.remote.base_url == "http://127.0.0.1:8080/v1"
+    assert (settings.remote.model, settings.remote.api_key) == ("m", "sk-1")
+    assert "sk-1" not in repr(settings)
