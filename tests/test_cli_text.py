@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 
+import pyte
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -137,3 +138,36 @@ def test_thoughts_are_shown_on_a_terminal_and_not_in_a_pipe():
         shown.finish("")
     assert "let me see" in out.getvalue() and "42" in out.getvalue()
     assert pipe.getvalue() == "42\n"
+
+
+class Emulated(io.StringIO):
+    """A terminal of 24 rows and 40 columns that remembers what scrolled off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.terminal = pyte.HistoryScreen(40, 24, history=5000)
+        self._stream = pyte.Stream(self.terminal)
+
+    def write(self, text: str) -> int:
+        self._stream.feed(text.replace("\n", "\r\n"))
+        return len(text)
+
+    def text(self) -> str:
+        old = ["".join(row[n].data for n in range(40)) for row in self.terminal.history.top]
+        return "\n".join([*old, *self.terminal.display])
+
+
+@pytest.mark.parametrize("wrap", ["```\n{}\n```", "{}", "- {}", "para\n\n{}\n\n# Next"])
+def test_rows_that_were_drawn_anew_leave_nothing_behind(wrap):
+    screen = Emulated()
+    reply = RenderedReply(Console(file=screen, force_terminal=True, width=40, height=24))
+    lines = [f"<{number}> " + "wide words " * 8 for number in range(60)]
+    for piece in wrap.format("\n".join(lines)).splitlines(keepends=True):
+        reply.feed(StreamEvent(text=piece))
+        reply._draw()
+        newest = piece[piece.find("<") : piece.find(">") + 1]
+        assert newest in "".join(screen.terminal.display)
+    reply.finish("the end")
+    shown = screen.text()
+    assert [shown.count(f"<{number}>") for number in range(60)] == [1] * 60
+    assert shown.count("the end") == 1
