@@ -168,7 +168,7 @@ class CommandLine:
             value = getattr(self._session.params, name)
             shown = json.dumps(list(value) if name == "stop" else value, ensure_ascii=False)
             allowed = SAMPLING_RANGES.get(name)
-            about = f"   from {allowed.low:g} to {allowed.high:g}" if allowed else ""
+            about = f"   from {_plain(allowed.low)} to {_plain(allowed.high)}" if allowed else ""
             if name == "seed":
                 shown, about = shown.replace("null", "none"), "   or none"
             lines.append(f"{name}={shown}{about}")
@@ -204,6 +204,10 @@ class CommandLine:
         self._output.note(
             f"Loaded {turns} with its system prompt; :history shows the conversation."
         )
+
+
+def _plain(number: float) -> str:
+    return f"{number:,.0f}" if number == int(number) else f"{number:g}"
 
 
 def _turns(count: int) -> str:

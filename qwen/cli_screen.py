@@ -115,10 +115,13 @@ class RenderedReply:
         self._drawn = 0.0
         self._printed = False
         self._thinking = False
+        self._show(Text("…", style="dim"))
+        self._drawn = 0.0  # the first word is shown at once
 
     def feed(self, event: StreamEvent) -> None:
         """See `Reply.feed`."""
         if event.reasoning:
+            self._end_live()
             self._thinking = True
             self._console.print(
                 Text(safe_text(event.reasoning), style="dim italic"), end="", soft_wrap=True
@@ -135,10 +138,7 @@ class RenderedReply:
     def finish(self, note: str) -> None:
         """See `Reply.finish`."""
         self._end_thoughts()
-        if self._live is not None:
-            self._live.update("", refresh=True)
-            self._live.stop()
-            self._live = None
+        self._end_live()
         rest = self._blocks.finish()
         if rest.strip():
             self._print(rest)
@@ -160,6 +160,11 @@ class RenderedReply:
     def _draw(self) -> None:
         rows, columns = max(self._console.height - 3, 3), self._console.width
         tail = self._blocks.tail(lines=rows, characters=rows * columns)
+        shown = _Rows(tail, rows)
+        self._show(Group("", shown) if self._printed else shown)
+
+    def _show(self, open_block: Any) -> None:
+        """Draw in place of what was drawn before."""
         if self._live is None:
             self._live = Live(
                 console=self._console,
@@ -169,9 +174,14 @@ class RenderedReply:
                 redirect_stderr=False,
             )
             self._live.start()
-        shown = _Rows(tail, rows)
-        self._live.update(Group("", shown) if self._printed else shown, refresh=True)
+        self._live.update(open_block, refresh=True)
         self._drawn = time.monotonic()
+
+    def _end_live(self) -> None:
+        if self._live is not None:
+            self._live.update("", refresh=True)
+            self._live.stop()
+            self._live = None
 
 
 class _Rows:

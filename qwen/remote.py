@@ -23,6 +23,7 @@ from qwen.errors import (
     EmptyMessage,
     EngineFailed,
     EngineRefused,
+    EngineUnreachable,
     QwenError,
 )
 from qwen.messages import (
@@ -32,7 +33,7 @@ from qwen.messages import (
 )
 from qwen.remote_counting import RemoteCounter
 from qwen.remote_engines import RemoteModel, choose_model
-from qwen.remote_errors import retry_pause, silent, to_qwen_error
+from qwen.remote_errors import no_engine, retry_pause, silent, to_qwen_error
 from qwen.remote_loop import LoopThread
 from qwen.remote_options import RemoteOptions
 from qwen.remote_reply import RemoteReply, build_info
@@ -300,7 +301,8 @@ class OpenAIBackend:
         except CancelledError:
             raise _shutting_down() from None
         except Exception as error:
-            raise to_qwen_error(error) from None
+            problem = to_qwen_error(error)
+            raise (no_engine() if isinstance(problem, EngineUnreachable) else problem) from None
 
     def _loop_iterate(self, source: AsyncGenerator[Chunk, None], cancel: threading.Event) -> Any:
         try:

@@ -77,6 +77,13 @@ def unreachable() -> EngineUnreachable:
     )
 
 
+def no_engine() -> EngineUnreachable:
+    """Return the error for an engine that does not answer at start."""
+    return EngineUnreachable(
+        "The engine at --base-url does not answer. Start it or correct the address, then try again."
+    )
+
+
 def silent(seconds: float) -> EngineUnreachable:
     """Return the error for an engine that has stopped talking."""
     return EngineUnreachable(
