@@ -52,10 +52,9 @@ def run(argv: Sequence[str], environ: Mapping[str, str], *, load: Load | None = 
         with _loaded(given, load or chosen) as session:
             from qwen.cli_screen import Screen
 
-            screen = Screen(sys.stdout, sys.stderr)
             if sys.stdin is not None and sys.stdin.isatty():
-                return _converse(session, screen)
-            return _answer_pipe(session, screen)
+                return _converse(session, Screen(sys.stdout, sys.stderr))
+            return _answer_pipe(session, Screen(sys.stdout, sys.stderr, plain=True))
     except QwenError as error:
         print(f"Error: {_plain(str(error))}", file=sys.stderr)
         return 1
@@ -199,7 +198,7 @@ def show_reply(screen: Screen, stream: Stream) -> StreamEvent | None:
         said = False
         try:
             for event in events:
-                if event.context is not None and event.context.dropped and screen.is_terminal:
+                if event.context is not None and event.context.dropped and screen.draws:
                     screen.note(f"({dropped_text(len(event.context.dropped))})")
                 said = said or bool(event.text.strip())
                 shown.feed(event)

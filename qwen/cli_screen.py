@@ -40,17 +40,19 @@ class Screen:
     Args:
         out: Where replies go.
         err: Where errors go.
+        plain: Write replies as they come, also to a terminal.
     """
 
-    def __init__(self, out: TextIO, err: TextIO) -> None:
+    def __init__(self, out: TextIO, err: TextIO, *, plain: bool = False) -> None:
         self._out = out
+        self._plain = plain
         self._console = Console(file=out, highlight=False, markup=False, emoji=False)
         self._errors = Console(file=err, highlight=False, markup=False, emoji=False)
 
     @property
-    def is_terminal(self) -> bool:
-        """Whether replies go to a terminal that can draw."""
-        return self._console.is_terminal and not self._console.is_dumb_terminal
+    def draws(self) -> bool:
+        """Whether replies are drawn, on a terminal that can."""
+        return not self._plain and self._console.is_terminal and not self._console.is_dumb_terminal
 
     def say(self, text: str, *, style: str = "") -> None:
         """Print lines of our own; long ones are folded at words."""
@@ -77,7 +79,7 @@ class Screen:
 
     def reply(self) -> Reply:
         """Begin to show a reply."""
-        return RenderedReply(self._console) if self.is_terminal else PlainReply(self._out)
+        return RenderedReply(self._console) if self.draws else PlainReply(self._out)
 
 
 class PlainReply:

@@ -173,6 +173,14 @@ def test_a_pipe_gets_the_reply_alone(env):
     assert ran.stderr == b"Loading something \xe2\x80\xa6\n"
 
 
+def test_a_piped_question_gets_the_reply_alone_on_a_terminal_too(env):
+    code = f"import subprocess, sys; subprocess.run([sys.executable, {SCRIPTED!r}], input=b'hi')"
+    with Terminal("-c", code, env=env) as terminal:
+        assert terminal.end() == 0
+        terminal.wait_for("hello there")
+        assert terminal.screen.strip() == "hello there"
+
+
 def test_a_pipe_is_one_question_with_all_its_lines_and_no_commands(env):
     ran = pipe(env, b":help\nsecond line\n")
     assert ran.stdout == rb"heard ':help\nsecond line' after 2 messages" + b"\n"

@@ -229,7 +229,8 @@ def test_only_settings_reads_the_command_line_and_the_environment_of_the_page():
         ("qwen.backend", ["torch", "transformers"]),
         ("qwen.checkpoint", ["torch", "transformers", "huggingface_hub", "modelscope"]),
         ("webapp.server", ["torch", "transformers", "gradio"]),
-        ("app", ["torch", "transformers", "gradio"]),
+        ("qwen.cli", ["torch", "transformers", "gradio", "openai", "rich"]),
+        ("app", ["torch", "transformers", "gradio", "openai"]),
     ],
 )
 def test_import_pulls_in_nothing_heavy(module, heavy):
