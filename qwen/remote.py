@@ -33,7 +33,7 @@ from qwen.messages import (
 )
 from qwen.remote_counting import RemoteCounter
 from qwen.remote_engines import RemoteModel, choose_model
-from qwen.remote_errors import no_engine, retry_pause, silent, to_qwen_error
+from qwen.remote_errors import incomplete, no_engine, retry_pause, silent, to_qwen_error
 from qwen.remote_loop import LoopThread
 from qwen.remote_options import RemoteOptions
 from qwen.remote_reply import RemoteReply, build_info
@@ -100,6 +100,8 @@ class OpenAIBackend:
             api_key=options.api_key or "none",
             max_retries=0,
             timeout=openai.Timeout(None, connect=times.connect),
+            # A proxy for the world outside does not know this machine's own engine.
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=not options.is_here),
         )
         self._request: Any = {"headers": _headers(options)}
         self._root = options.base_url.removesuffix("/v1")
@@ -204,22 +206,9 @@ class OpenAIBackend:
             Exception: Of the client.
         """
         limit = self._times.first
-        finished = False
         deadline = time.monotonic() + limit
-        try:
-            async with asyncio.timeout(limit):
-                stream = await self._client.post(
-                    path,
-                    cast_to=object,
-                    body=body,
-                    options=self._request,
-                    stream=True,
-                    stream_cls=openai.AsyncStream[object],
-                )
-        except TimeoutError:
-            raise silent(limit) from None
-        said = False
-        async with stream:
+        said = finished = False
+        async with await self._open_stream(path, body) as stream:
             events = aiter(stream)
             while True:
                 wait = self._times.silence if said else max(deadline - time.monotonic(), 0)
@@ -237,13 +226,21 @@ class OpenAIBackend:
                 finished = finished or chunk.finish_reason is not None
                 yield chunk
         if not finished:
-            raise EngineFailed(
-                "The engine ended the reply before it was complete. It may have been stopped: ask "
-                "again; if that does not help, look at its log."
-                if said
-                else "The engine answered nothing that is a reply of the OpenAI API. Check that "
-                "--base-url is the address of its API, which mostly ends in /v1."
-            )
+            raise incomplete(said=said)
+
+    async def _open_stream(self, path: str, body: dict[str, Any]) -> openai.AsyncStream[object]:
+        try:
+            async with asyncio.timeout(self._times.first):
+                return await self._client.post(
+                    path,
+                    cast_to=object,
+                    body=body,
+                    options=self._request,
+                    stream=True,
+                    stream_cls=openai.AsyncStream[object],
+                )
+        except TimeoutError:
+            raise silent(self._times.first) from None
 
     async def _count(self, texts: Sequence[str]) -> list[int | None]:
         """Count texts at the engine's `/tokenize`, as many as there is time for."""

@@ -105,13 +105,9 @@ class RemoteCounter:
         limit = min(context_length, max_input_tokens or context_length)
         _check_sizes(request, limit)
         system, turns, query = _parts(request)
-        texts = [*system, *(message.content for turn in turns for message in turn), *query]
-        if limit:
-            first = _first_by_size(turns, limit)
-            texts = [*system, *(m.content for turn in turns[first:] for m in turn), *query]
-        else:
-            first = 0
-        counts, is_counted = self.count(texts)
+        first = _first_by_size(turns, limit) if limit else 0
+        kept = [message.content for turn in turns[first:] for message in turn]
+        counts, is_counted = self.count([*system, *kept, *query])
         margin = _MARGIN if is_counted else _MARGIN + sum(counts) // 10
         costs = iter(counts)
         framed = 0 if request.raw_prompt is not None else _FRAME_TOKENS
@@ -122,26 +118,19 @@ class RemoteCounter:
         while limit and turn_costs and sum(turn_costs) > budget:
             turn_costs.pop(0)
             first += 1
-        dropped = tuple(message for turn in turns[:first] for message in turn)
         usage = ContextUsage(
             system=system_cost,
             history=sum(turn_costs),
             query=query_cost,
             limit=limit,
-            dropped=dropped,
+            dropped=tuple(message for turn in turns[:first] for message in turn),
             context_length=context_length,
             is_estimate=True,
         )
-        return Fitted(
-            _without(request, dropped),
-            usage,
-            _longest_reply(request, usage, margin) if limit else request.params.max_new_tokens,
-        )
-
-
-def _longest_reply(request: ChatRequest, usage: ContextUsage, margin: int) -> int:
-    """Return `max_tokens`: vLLM refuses what would not fit beside the prompt."""
-    return max(min(request.params.max_new_tokens, usage.left - margin), 1)
+        wanted = request.params.max_new_tokens
+        # vLLM refuses a reply that would not fit beside the prompt.
+        longest = max(min(wanted, usage.left - margin), 1) if limit else wanted
+        return Fitted(_without(request, usage.dropped), usage, longest)
 
 
 def _parts(request: ChatRequest) -> tuple[list[str], list[list[Message]], list[str]]:

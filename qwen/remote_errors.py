@@ -92,6 +92,17 @@ def silent(seconds: float) -> EngineUnreachable:
     )
 
 
+def incomplete(*, said: bool) -> EngineFailed:
+    """Return the error for a stream that ended without saying why."""
+    return EngineFailed(
+        "The engine ended the reply before it was complete. It may have been stopped: ask again; "
+        "if that does not help, look at its log."
+        if said
+        else "The engine answered nothing that is a reply of the OpenAI API. Check that --base-url "
+        "is the address of its API, which mostly ends in /v1."
+    )
+
+
 def retry_pause(error: Exception, attempt: int) -> float | None:
     """Return the seconds to wait before another attempt; None when there is none.
 

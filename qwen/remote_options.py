@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 
@@ -24,6 +25,15 @@ class RemoteOptions:
     base_url: str
     model: str = ""
     api_key: str = field(default="", repr=False)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the engine is on this machine."""
+        host = urlsplit(self.base_url).hostname or ""
+        try:
+            return host == "localhost" or ip_address(host).is_loopback
+        except ValueError:
+            return False
 
 
 def add_remote_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
