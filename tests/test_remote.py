@@ -37,7 +37,7 @@ from qwen.messages import (
 from qwen.remote import OpenAIBackend, RemoteTimes, open_remote
 from qwen.remote_options import RemoteOptions
 
-TIMES = RemoteTimes(connect=1.0, first=1.0, silence=0.4, listing=2.0, counting=0.5, loading=5.0)
+TIMES = RemoteTimes(connect=1.0, first=1.5, silence=1.0, listing=2.0, counting=0.5, loading=5.0)
 HI = ChatRequest(messages=(Message("user", "hi"),))
 
 
@@ -357,8 +357,8 @@ def test_a_reply_that_falls_silent_is_given_up(engine, connect):
     engine.acts.append(hangs(chunk("half")))
     began = time.monotonic()
     said, error = faulty(connect(), EngineUnreachable)
-    assert said == "half" and "0.4 seconds" in str(error)
-    assert time.monotonic() - began < 3
+    assert said == "half" and "1 seconds" in str(error)
+    assert time.monotonic() - began < 10
     assert engine.gone.wait(5)
 
 
@@ -373,7 +373,7 @@ def test_a_slow_reply_whose_pieces_keep_coming_is_whole(engine, connect):
     def act(handler):
         handler.begin()
         for _ in range(8):
-            time.sleep(0.2)  # together longer than `first` and `silence`
+            time.sleep(0.3)  # together longer than `first` and `silence`
             handler.event(chunk("x"))
         handler.event(chunk(finish="stop"))
 
@@ -447,7 +447,7 @@ def test_an_engine_that_went_away_and_came_back_with_another_model_answers(open_
         faulty(backend, EngineUnreachable)
         began = time.monotonic()
         assert backend.count_tokens(HI).prompt > 0
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 5
         with ScriptedEngine(open_port) as second:
             second.models = [{"id": "newer", "max_model_len": 512, "owned_by": "vllm"}]
             assert text(take(backend)) == "Hello there"
@@ -510,12 +510,12 @@ def test_a_text_that_can_never_fit_is_refused_without_sending_it(engine, connect
 
 
 def test_a_slow_count_is_given_up_and_not_asked_for_at_once_again(engine, connect):
-    engine.tokens = lambda given: time.sleep(1) or 1
+    asked: list[str] = []
+    engine.tokens = lambda given: asked.append(given) or time.sleep(1) or 1
     backend = connect()
-    began = time.monotonic()
-    backend.count_tokens(HI)
-    backend.count_tokens(conversation(2, 3))
-    assert time.monotonic() - began < 0.9
+    assert backend.count_tokens(HI).prompt > 0
+    assert backend.count_tokens(conversation(2, 3)).prompt > 0
+    assert asked == ["hi"]
 
 
 def test_no_thread_or_connection_is_left_behind(engine):
