@@ -139,9 +139,9 @@ def test_wrong_flags_end_with_a_reason_and_without_the_secret(argv, reason, caps
     ("text", "tokens"),  # as the tokenizer of Qwen2.5 counts
     [
         ("The quick brown fox jumps over the lazy dog. " * 10, 101),
-        ("def add(a, b):\n    return a + b\n" * 10, 121),
+        ("def add(a, b):\n    return a + b\n" * 10, 120),
         ("今天天气很好，我们去公园散步吧。" * 10, 100),
     ],
 )
 def test_estimates_are_near(text, tokens):
-    assert 0.6 * tokens <= estimate_tokens(text) <= 1.6 * tokens
+    assert 0.7 * tokens <= estimate_tokens(text) <= 1.4 * tokens
