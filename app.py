@@ -15,9 +15,10 @@ def main() -> int:
     activity = Activity()
 
     def load(report: ReportProgress) -> ChatBackend:
-        from qwen.local import load_backend
+        from qwen.chosen_backend import load_chosen_backend
 
-        backend = load_backend(settings.checkpoint, settings.load, report=report)
+        checkpoint, options, remote = settings.checkpoint, settings.load, settings.remote
+        backend = load_chosen_backend(checkpoint, options, remote, report=report)
         return activity.watch(backend)
 
     return serve(settings, DeferredBackend(load, on_status=TerminalProgress()), activity)

@@ -18,6 +18,10 @@ QwenError
 ├── TooManyRequests           the queue is full; says when to try again
 ├── BackendNotReady           the model is still being loaded
 ├── BackendFailed             an unexpected fault; the log has the traceback
+│   └── EngineFailed          a remote engine breaks off, or answers what makes no sense
+│       ├── EngineUnreachable it does not answer in time or at all
+│       ├── EngineRefused     it does not take our key or does not have our model
+│       └── EngineBusy        it has too many requests
 └── StartupError              the server cannot start as configured (port taken, bad flag)
 """
 
@@ -102,6 +106,22 @@ class BackendNotReady(QwenError):
 
 class BackendFailed(QwenError):
     """An unexpected fault in the model layer; the traceback is in the log."""
+
+
+class EngineFailed(BackendFailed):
+    """A remote engine breaks off, fails, or answers what makes no sense."""
+
+
+class EngineUnreachable(EngineFailed):
+    """A remote engine does not answer in time or at all."""
+
+
+class EngineRefused(EngineFailed):
+    """A remote engine does not take our key or does not have the model."""
+
+
+class EngineBusy(EngineFailed):
+    """A remote engine has more requests than it takes."""
 
 
 class StartupError(QwenError):

@@ -169,9 +169,11 @@ class ContextUsage:
         system: Tokens of the system message.
         history: Tokens of the kept earlier turns.
         query: Tokens of the newest user message, the opening of the reply and its prefix.
-        limit: Budget of the prompt: the context length, or a smaller one that was set.
+        limit: Budget of the prompt: the context length, or a smaller one that was set; 0 where a
+            remote engine does not tell.
         context_length: Of prompt and reply together; 0 is the same as `limit`.
         dropped: The oldest messages, which do not fit and are left out, oldest first.
+        is_estimate: The figures are near, not exact: a remote engine counts, or does not even tell.
         ntk_alpha: By how much dynamic NTK stretches a Qwen v1 model's rotary base for this prompt;
             1 is not at all.
     """
@@ -183,6 +185,7 @@ class ContextUsage:
     dropped: tuple[Message, ...] = ()
     ntk_alpha: int = 1
     context_length: int = 0
+    is_estimate: bool = False
 
     @property
     def prompt(self) -> int:

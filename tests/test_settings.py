@@ -121,3 +121,14 @@ def test_limits_of_serving_are_read():
     load = parse_settings([*flags, "--strict-reproducible"], {}).load
     assert load.limits == ServingLimits(max_running=3, max_waiting=5, cache_bytes=700_000_000)
     assert load.strict_reproducible
+
+
+def test_a_remote_engine_takes_the_place_of_the_checkpoint():
+    settings = parse_settings(
+        ["--base-url", "http://127.0.0.1:8080", "--api-key-env", "KEY", "--model", "m"],
+        {"KEY": "sk-1", "QWEN_CHECKPOINT": "ignored"},
+    )
+    assert settings.remote is not None
+    assert settings.remote.base_url == "http://127.0.0.1:8080/v1"
+    assert (settings.remote.model, settings.remote.api_key) == ("m", "sk-1")
+    assert "sk-1" not in repr(settings)

@@ -182,6 +182,18 @@ def test_context_bar_shows_all_numbers():
     assert "no longer fit" not in bar
 
 
+def test_context_bar_of_a_remote_engine_marks_estimates_and_says_no_more_than_is_known():
+    bar = context_html(ContextUsage(10, 20, 30, 1000, is_estimate=True), EN)
+    assert "≈ 20" in bar and "≈ 940" in bar
+    bar = context_html(ContextUsage(10, 20, 30, 0, is_estimate=True), EN)
+    assert "≈ 20" in bar and " 0" not in bar
+
+
+def test_strip_leaves_out_what_a_remote_engine_does_not_tell():
+    strip = status_html(LoadStatus(stage="ready"), BackendInfo("m", 0, device="r", dtype=""), EN)
+    assert "m · r<" in strip
+
+
 def test_context_bar_never_draws_more_than_the_whole():
     bar = context_html(ContextUsage(0, 0, 5000, 1000), EN)
     assert "width:100.000%" in bar

@@ -14,6 +14,8 @@ from typing import Any
 from qwen.errors import (
     BackendNotReady,
     CheckpointError,
+    EngineBusy,
+    EngineFailed,
     InvalidRequest,
     MessageTooLong,
     OutOfMemory,
@@ -111,6 +113,10 @@ def _describe_ours(error: QwenError) -> ErrorAnswer:
     if isinstance(error, BackendNotReady):
         headers = {"Retry-After": str(NOT_READY_SECONDS)}
         return ErrorAnswer(503, message, "server_error", code="not_ready", headers=headers)
+    if isinstance(error, EngineBusy):
+        return too_many(message, seconds=NOT_READY_SECONDS)
+    if isinstance(error, EngineFailed):
+        return ErrorAnswer(502, message, "server_error", code="engine_failed")
     # What follows does not mend itself: clients should not try again on their own.
     headers = {"X-Should-Retry": "false"}
     if isinstance(error, OutOfMemory):

@@ -5,7 +5,7 @@ Pure; what a schema cannot say (fields that contradict each other) is refused he
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,6 @@ from webapp.api_schemas import (
     LegacyFunction,
     NamedFunction,
     NamedTool,
-    QwenParameter,
     RequestBody,
     ToolMessage,
 )
@@ -144,19 +143,10 @@ def _legacy_tool(spec: LegacyFunction) -> Tool:
     if parameters is None:
         parameters = _NO_PARAMETERS
     elif isinstance(parameters, list):
-        parameters = _object_schema(parameters)
+        parameters = [one.model_dump(by_alias=True) for one in parameters]
     name = spec.name or spec.name_for_model or ""
-    return Tool(name, spec.description or spec.description_for_model or "", parameters)
-
-
-def _object_schema(parameters: Iterable[QwenParameter]) -> dict[str, Any]:
-    properties = {}
-    required = []
-    for one in parameters:
-        described = {"description": one.description} if one.description else {}
-        properties[one.name] = {**one.schema_, **described}
-        required += [one.name] if one.required else []
-    return {"type": "object", "properties": properties, "required": required}
+    description = spec.description or spec.description_for_model or ""
+    return Tool(name, description, parameters, human_name=spec.name_for_human or "")
 
 
 def _messages(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:

@@ -7,16 +7,17 @@ are told apart by `webapp.spans` alone: mdtex2html would take prices for formula
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from html import escape
 
 from qwen.messages import Message
+from qwen.transcript import Transcript, export_json
 from webapp.spans import Span, closing_fence, split_spans
+
+__all__ = ["Transcript", "export_html", "export_json", "export_markdown", "render_html"]
 
 _ROLES = {"user": "You", "assistant": "Assistant", "system": "System"}
 
@@ -65,48 +66,6 @@ blockquote { border-left: 3px solid var(--line); margin-left: 0; padding-left: 1
 math[display="block"] { overflow-x: auto; padding: 0.3rem 0; }
 @media print { article { break-inside: avoid-page; } }
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Transcript:
-    """What is exported.
-
-    Attributes:
-        title: Heading of the file.
-        model: The model's name; empty when there is none.
-        created: Time of the export, ISO 8601.
-        system_prompt: Empty when there is none.
-        entries: The messages in order, each with the note shown under it, which may be empty.
-    """
-
-    title: str
-    model: str
-    created: str
-    system_prompt: str
-    entries: tuple[tuple[Message, str], ...]
-
-
-def export_json(transcript: Transcript) -> str:
-    """Return the conversation as JSON, with the raw texts.
-
-    The object has `format` ("qwen-chat-transcript"), `version` (1), `title`, `model`, `created`
-    (ISO 8601), `system_prompt` and `messages`: a list of `role` ("user" or "assistant"),
-    `content` and, where there is one, `note`.
-    """
-    messages = [
-        {"role": message.role, "content": message.content, **({"note": note} if note else {})}
-        for message, note in transcript.entries
-    ]
-    document = {
-        "format": "qwen-chat-transcript",
-        "version": 1,
-        "title": transcript.title,
-        "model": transcript.model,
-        "created": transcript.created,
-        "system_prompt": transcript.system_prompt,
-        "messages": messages,
-    }
-    return json.dumps(document, ensure_ascii=False, indent=2) + "\n"
 
 
 def export_markdown(transcript: Transcript) -> str:

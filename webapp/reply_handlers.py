@@ -208,6 +208,10 @@ class ReplyHandlers:
                 session.notice = session.words(
                     "stopped_before_text" if cancelled else "empty_reply"
                 )
+            elif snapshot.thoughts:
+                session.notice = session.words(
+                    "thinking", thoughts=" ".join(snapshot.thoughts.split())
+                )
             if snapshot.final is not None:
                 return
             save = bool(snapshot.text) and time.monotonic() - saved_at > SAVE_SECONDS

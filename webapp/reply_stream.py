@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 #: Between two pictures of a growing reply; more often only saturates the browser.
 PACE_SECONDS = 0.1
+#: Characters of a model's thoughts that are shown.
+THOUGHT_CHARACTERS = 200
 #: Between two pictures while nothing new came.
 HEARTBEAT_SECONDS = 0.25
 
@@ -30,12 +32,14 @@ class Snapshot:
 
     Attributes:
         queued: Where it stands while it waits for its turn.
+        thoughts: The end of what a remote engine's model has thought, before there is text.
     """
 
     text: str = ""
     context: ContextUsage | None = None
     final: StreamEvent | None = None
     queued: QueuePlace | None = None
+    thoughts: str = ""
 
 
 class _Collector:
@@ -45,6 +49,7 @@ class _Collector:
         self._changed = threading.Condition()
         self._pieces: list[str] = []
         self.context: ContextUsage | None = None
+        self.thoughts = ""
         self.final: StreamEvent | None = None
         self.queued: QueuePlace | None = None
         self.error: Exception | None = None
@@ -57,6 +62,7 @@ class _Collector:
                     self._pieces.append(event.text)
                     self.context = event.context or self.context
                     self.queued = event.queued
+                    self.thoughts = (self.thoughts + event.reasoning)[-THOUGHT_CHARACTERS:]
                     if event.finish_reason is not None:
                         self.final = event
                     self._changed.notify_all()
@@ -98,7 +104,7 @@ def stream_snapshots(
             new, done = collector.take()
             text += new
             final = collector.final if done else None
-            yield Snapshot(text, collector.context, final, collector.queued)
+            yield Snapshot(text, collector.context, final, collector.queued, collector.thoughts)
             if new and not done:
                 time.sleep(PACE_SECONDS)
         if collector.error is not None:

@@ -21,6 +21,7 @@ from qwen.load_options import (
     read_checkpoint,
     read_load_options,
 )
+from qwen.remote_options import RemoteOptions, add_remote_arguments, read_remote_options
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
@@ -83,6 +84,7 @@ class Settings:
     Attributes:
         checkpoint: A name as `qwen.checkpoint` reads it.
         load: How to load and run it.
+        remote: The engine that answers instead of a checkpoint.
         server_name: Address to listen on; None lets the platform choose.
         server_port: Port to listen on; None lets the platform choose.
         auth: User name and password that the page asks for.
@@ -98,6 +100,7 @@ class Settings:
 
     checkpoint: str = "auto"
     load: LoadOptions = DEFAULT_OPTIONS
+    remote: RemoteOptions | None = None
     share: bool = False
     inbrowser: bool = False
     server_name: str | None = DEFAULT_HOST
@@ -133,6 +136,7 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     return Settings(
         checkpoint=read_checkpoint(given, environ),
         load=read_load_options(parser, given),
+        remote=read_remote_options(parser, given, environ),
         share=share,
         inbrowser=given.inbrowser,
         server_name=host,
@@ -156,6 +160,7 @@ def _build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_load_arguments(parser)
+    add_remote_arguments(parser)
     page = parser.add_argument_group("page")
     page.add_argument(
         "--system-prompt",

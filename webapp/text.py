@@ -111,6 +111,7 @@ _TABLE: dict[str, tuple[str, str, str]] = {
         "読み込み前の見積もり:重み {weights} · {context} トークンのキャッシュ {cache} · "
         "作業用 {working} · 空き {free}",
     ),
+    "thinking": ("Thinking: … {thoughts}", "思考中：… {thoughts}", "思考中: … {thoughts}"),
     "waiting": ("Reading your message …", "正在阅读您的消息……", "メッセージを読んでいます…"),
     "queued": (
         "Number {position} in the queue, about {seconds} s …",
@@ -184,6 +185,7 @@ _TABLE: dict[str, tuple[str, str, str]] = {
         "达到最大长度:可按“继续”",
         "最大長で打ち切り:「続ける」で続行",
     ),
+    "finish_tool_calls": ("asks for a tool", "请求调用工具", "ツールを要求"),
     "finish_cancelled": ("stopped", "已停止", "停止"),
     "context_system": ("System", "系统", "システム"),
     "context_history": ("History", "历史", "履歴"),

@@ -87,8 +87,12 @@ def status_html(status: LoadStatus, info: BackendInfo | None, words: Words) -> s
     if info is None:
         return _strip("loading", _progress(status, words), "status")
     facts = [info.name, info.device, info.dtype]
-    facts.append(words("context_tokens", count=f"{info.context_length:,}"))
-    lines = [" · ".join(escape(fact) for fact in facts), *(escape(line) for line in info.notices)]
+    if info.context_length:
+        facts.append(words("context_tokens", count=f"{info.context_length:,}"))
+    lines = [
+        " · ".join(escape(fact) for fact in facts if fact),
+        *(escape(line) for line in info.notices),
+    ]
     memory = "" if info.memory is None else _memory(info.memory, words)
     return _strip("ready", "<br>".join(lines) + memory, "status")
 
@@ -154,15 +158,18 @@ def context_html(usage: ContextUsage | None, words: Words) -> str:
         ("history", usage.history, words("context_history")),
         ("query", usage.query, words("context_query")),
     )
-    limit = max(usage.total, 1)
+    about = "≈ " if usage.is_estimate else ""
+    limit = usage.total or max(usage.prompt, 1)
     bars = "".join(
         f'<span class="part {kind}" style="width:{min(count / limit, 1) * 100:.3f}%"></span>'
         for kind, count, _ in parts
     )
     legend = "".join(
-        f'<span class="key {kind}">{label} {count:,}</span>' for kind, count, label in parts
+        f'<span class="key {kind}">{label} {about}{count:,}</span>' for kind, count, label in parts
     )
-    left = words("context_left", left=f"{usage.left:,}", limit=f"{usage.total:,}")
+    left = words("context_left", left=f"{about}{usage.left:,}", limit=f"{usage.total:,}")
+    if not usage.total:
+        left = ""  # a remote engine does not tell
     if usage.limit < usage.total:
         left += " · " + words("context_budget", limit=f"{usage.limit:,}")
     return (
