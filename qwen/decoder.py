@@ -96,9 +96,20 @@ def finish(
     ops: DecoderOps, layer: LayerWeights, hidden: Tensor, attended: Tensor, eps: float
 ) -> Tensor:
     """Compute what comes after a layer's attention: its output and the MLP, beside residuals."""
+    return contract(ops, layer, *expand(ops, layer, hidden, attended, eps))
+
+
+def expand(
+    ops: DecoderOps, layer: LayerWeights, hidden: Tensor, attended: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Compute the residual after attention, and the gated activations of the MLP."""
     hidden = ops.add_linear(hidden, layer.attention_output, attended)
-    gate_up = layer.gate_up(ops.rms_norm(hidden, layer.mlp_norm, eps))
-    return ops.add_linear(hidden, layer.down, ops.silu_mul(gate_up))
+    return hidden, ops.silu_mul(layer.gate_up(ops.rms_norm(hidden, layer.mlp_norm, eps)))
+
+
+def contract(ops: DecoderOps, layer: LayerWeights, hidden: Tensor, activated: Tensor) -> Tensor:
+    """Compute the end of the MLP, beside the residual."""
+    return ops.add_linear(hidden, layer.down, activated)
 
 
 @dataclass(frozen=True, slots=True)
