@@ -313,7 +313,8 @@ def compile_step_parts(is_single: bool) -> StepParts:
     ) -> Tensor:
         # In two: compiled as one, the last product computes the activation anew for each output
         # and reads its weights at 1.5 instead of 4 TB/s (H200, 7B).
-        return second(ops, layer, *first(ops, layer, hidden, attended, eps))
+        result: Tensor = second(ops, layer, *first(ops, layer, hidden, attended, eps))
+        return result
 
     return StepParts(
         ForwardParts(TorchOps(), project=compiled(project), finish=finish),
