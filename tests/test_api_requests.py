@@ -92,6 +92,12 @@ def test_the_older_form_of_a_call_and_its_result_share_an_id():
     assert (got.messages[2].role, got.messages[2].tool_call_id) == ("tool", call.id)
 
 
+def test_reply_that_was_begun_is_gone_on_with():
+    begun = [{"role": "user", "content": "Tell me"}, {"role": "assistant", "content": "Once"}]
+    request = chat(messages=begun)
+    assert (request.messages, request.reply_prefix) == ((Message("user", "Tell me"),), "Once")
+
+
 def test_tools_functions_and_qwens_own_form_become_tools():
     schema = {"type": "object", "properties": {"q": {"type": "string"}}}
     function = {"name": "f", "description": "d", "parameters": schema}

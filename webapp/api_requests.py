@@ -56,8 +56,13 @@ def build_chat_request(body: ChatCompletionRequest, defaults: SamplingParams) ->
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError("top_logprobs needs logprobs to be true.", param="top_logprobs")
     tools, choice = _tools(body)
+    messages, prefix = _messages(body.messages), ""
+    if messages[-1].role == "assistant" and not messages[-1].tool_calls:
+        # As the reference does: the model goes on with the reply that was begun.
+        messages, prefix = messages[:-1], messages[-1].content
     return ChatRequest(
-        messages=_messages(body.messages),
+        messages=messages,
+        reply_prefix=prefix,
         tools=tools,
         tool_choice=choice,
         params=replace(
