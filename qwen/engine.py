@@ -35,6 +35,10 @@ NtkPolicy = Literal["published", "grow"]
 #: Bytes of sequences kept for reuse: about 40,000 tokens of the embedded default, in bfloat16.
 DEFAULT_PREFIX_BYTES = 512 * 2**20
 
+#: The part of a GPU's free memory that they may have if that is more: they are 1,000 tokens of
+#: Qwen-7B, less than one conversation.
+_PREFIX_PART_OF_GPU = 8
+
 #: Replies that are written at the same time.
 _MAX_RUNNING = {"cpu": 8, "cuda": 32}
 
@@ -50,7 +54,8 @@ class Engine:
         kv_cache: "int8" keeps keys and values in int8; "auto" does where the model's config asks.
         decoder: The model's fast forward; None reads with Transformers' own.
         prefix_bytes: Memory for what earlier requests have read, which a prompt that begins alike
-            need not read again; 0 keeps nothing. Needs a decoder.
+            need not read again; 0 keeps nothing, None is `DEFAULT_PREFIX_BYTES` or, if that is
+            more, an eighth of a GPU's free memory. Needs a decoder.
         limits: How much is served at once.
         is_strict: Give the same reply alone or beside others also where rounding forbids to read
             several sequences at once; see docs/serving.md.
@@ -69,11 +74,13 @@ class Engine:
         ntk_policy: NtkPolicy = "published",
         kv_cache: KvCacheChoice = "auto",
         decoder: Decoder | None = None,
-        prefix_bytes: int = DEFAULT_PREFIX_BYTES,
+        prefix_bytes: int | None = None,
         limits: ServingLimits = DEFAULT_LIMITS,
         is_strict: bool = False,
     ) -> None:
         _check_ntk_policy(ntk_policy, model.config)
+        if prefix_bytes is None:
+            prefix_bytes = _default_prefix_bytes(decoder)
         readers = _build_readers(
             model, decoder, kv_cache=kv_cache, max_length=context_length, prefix_bytes=prefix_bytes
         )
@@ -200,6 +207,13 @@ def _check_ntk_policy(ntk_policy: NtkPolicy, config: Any) -> None:
             "The NTK policy grow is for Qwen v1 models with dynamic NTK (use_dynamic_ntk), and "
             "this model is none. Leave out ntk_policy (--ntk-policy), or choose such a checkpoint."
         )
+
+
+def _default_prefix_bytes(decoder: Decoder | None) -> int:
+    if decoder is None or decoder.device.type != "cuda":
+        return DEFAULT_PREFIX_BYTES
+    free, _ = torch.cuda.mem_get_info(decoder.device)
+    return max(DEFAULT_PREFIX_BYTES, free // _PREFIX_PART_OF_GPU)
 
 
 def _cache_bytes(

@@ -5,6 +5,7 @@ import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import golden_v1
 import pytest
@@ -13,7 +14,7 @@ from fake_backend import wait_until
 from tiny_model import build_tiny_model
 from transformers import DynamicCache
 
-from qwen.engine import Engine, EngineStep
+from qwen.engine import Engine, EngineStep, _default_prefix_bytes
 from qwen.errors import (
     BackendFailed,
     BackendNotReady,
@@ -548,3 +549,11 @@ def test_reading_again_can_be_cancelled(monkeypatch):
 def test_ntk_policy_that_a_model_cannot_have_is_refused(policy, named):
     with pytest.raises(InvalidSetting, match=named):
         Engine(CountingModel(), eos_token_ids=[], context_length=64, ntk_policy=policy)
+
+
+@pytest.mark.parametrize(("free", "kept"), [(80 * 2**30, 10 * 2**30), (2**30, 512 * 2**20)])
+def test_a_gpu_keeps_whole_conversations_for_reuse(monkeypatch, free, kept):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    assert _default_prefix_bytes(on_gpu) == kept
+    assert _default_prefix_bytes(SimpleNamespace(device=torch.device("cpu"))) == 512 * 2**20
