@@ -379,7 +379,8 @@ def test_option_of_the_backend_reaches_the_engine(made, tmp_path):
 def test_flag_reaches_the_backend(monkeypatch):
     monkeypatch.setattr("qwen.local.load_backend", lambda checkpoint, options, report: options)
     monkeypatch.setattr(app, "DeferredBackend", lambda load, on_status: load(print))
-    monkeypatch.setattr(app, "serve", lambda settings, backend: backend)
+    monkeypatch.setattr(app, "serve", lambda settings, backend, activity: backend)
+    monkeypatch.setattr(app.Activity, "watch", lambda self, backend: backend)
     for flags, expected in ([], "auto"), (["--kv-cache", "int8"], "int8"):
         monkeypatch.setattr("sys.argv", ["app.py", *flags])
         assert app.main().kv_cache == expected

@@ -346,7 +346,8 @@ def test_places_are_described(
 def test_flags_reach_the_loader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("qwen.local.load_backend", lambda checkpoint, options, report: options)
     monkeypatch.setattr(app, "DeferredBackend", lambda load, on_status: load(print))
-    monkeypatch.setattr(app, "serve", lambda settings, backend: backend)
+    monkeypatch.setattr(app, "serve", lambda settings, backend, activity: backend)
+    monkeypatch.setattr(app.Activity, "watch", lambda self, backend: backend)
     flags = ["--num-gpus", "2", "--offload-folder", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["app.py", *flags])
     options: Any = app.main()
