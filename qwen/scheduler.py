@@ -7,9 +7,11 @@ order in which they came, within `ServingLimits`. Knows no tokenizer and no text
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,6 +42,10 @@ T = TypeVar("T")
 #: All that oneDNN says when it gets no memory for its scratchpad (run under RLIMIT_AS). It says the
 #: same of an operation that it does not know, but then the warm-up would have failed.
 _ONEDNN_OUT_OF_MEMORY = "could not create a primitive"
+
+
+#: Seconds that the interpreter's end waits for a step to end.
+_END_SECONDS = 2.0
 
 
 class Running:
@@ -95,6 +101,7 @@ class Scheduler:
         self._thread: threading.Thread | None = None
         self._is_closed = False
         self._pace = Pace()
+        atexit.register(_end_loop, weakref.ref(self))
 
     @property
     def load(self) -> tuple[int, int]:
@@ -143,6 +150,13 @@ class Scheduler:
                 self._readers.shrink(0)
             if self._thread is None:
                 self._readers = None
+
+    def end(self) -> None:
+        """Close, and wait a moment for the loop's thread."""
+        self.close()
+        thread = self._thread
+        if thread is not None:
+            thread.join(_END_SECONDS)
 
     def _start_thread(self) -> None:
         self._thread = threading.Thread(target=self._run, name="decode-loop", daemon=True)
@@ -381,6 +395,13 @@ class Scheduler:
             logger.warning("A sequence that ended could not be kept for reuse")
         if self._readers is not None and self._readers.device.type == "cuda" and not self._running:
             torch.cuda.empty_cache()
+
+
+def _end_loop(scheduler: weakref.ref[Scheduler]) -> None:
+    """At the interpreter's end: a thread that is in torch's code then aborts the process."""
+    left = scheduler()
+    if left is not None:
+        left.end()
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, QwenError | None]:

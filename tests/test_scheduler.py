@@ -1,9 +1,12 @@
 """Many users on one engine: batches, faults, queue, fairness, reproducibility."""
 
 import logging
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import golden_v1
 import pytest
@@ -456,3 +459,28 @@ def test_users_of_a_qwen_v1_with_different_alphas_get_the_replies_they_get_alone
 
 def build_ids(backend, question):
     return backend._build_prompt(ChatRequest((Message("user", question),))).ids
+
+
+PROGRAM_THAT_ENDS = """
+import sys, threading
+sys.path.insert(0, "tests")
+from tiny_model import build_tiny_model
+from qwen.decoder import Decoder
+from qwen.engine import Engine
+from qwen.messages import SamplingParams
+model = build_tiny_model()
+engine = Engine(model, eos_token_ids=(), context_length=500, decoder=Decoder(model))
+params = SamplingParams(max_new_tokens=400)
+steps = [engine.submit([1, 2, i], params, cancel=threading.Event()) for i in range(3)]
+print(next(steps[0]).token_id is not None or next(steps[0]).token_id is not None)
+"""
+
+
+def test_process_that_ends_during_a_reply_ends_in_good_order():
+    command = [sys.executable, "-c", PROGRAM_THAT_ENDS]
+    folder = Path(__file__).parent.parent
+    for _ in range(3):
+        ran = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert (ran.returncode, ran.stdout) == (0, "True\n"), ran.stderr
