@@ -459,7 +459,7 @@ model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval(
 backend = build_backend(model, AutoTokenizer.from_pretrained(folder), name="limited")
 backend.warm_up()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 12 * 2**20, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (used + 64 * 2**20, resource.RLIM_INFINITY))
 
 def run(words):
     request = ChatRequest(raw_prompt="tree " * words, params=SamplingParams(max_new_tokens=3))

@@ -342,9 +342,14 @@ def test_death_of_the_loop_is_told_and_the_next_request_works(build, caplog):
         decoder.before = lambda pieces: None
         raise Killed
 
-    decoder.before = lambda pieces: go.wait(20)
-    go = threading.Event()
+    def hold(pieces):
+        entered.set()
+        go.wait(20)
+
+    entered, go = threading.Event(), threading.Event()
+    decoder.before = hold
     steps = [submit(engine, [1, 2, 3 + i]) for i in range(3)]
+    assert entered.wait(20)
     decoder.before = die
     go.set()
     with caplog.at_level(logging.CRITICAL):
