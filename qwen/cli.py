@@ -142,11 +142,12 @@ def _answer_pipe(session: ChatSession, screen: Screen) -> int:
 
 
 def _converse(session: ChatSession, screen: Screen) -> int:
-    from qwen.cli_input import build_reader, open_history
+    from qwen.cli_input import build_reader, open_history, quiet_keys
     from qwen.weights_cache import cache_folder
 
     def reply(stream: Stream) -> None:
-        show_reply(screen, stream)
+        with quiet_keys():
+            show_reply(screen, stream)
 
     commands = CommandLine(session, screen, reply)
     read = build_reader(

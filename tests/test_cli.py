@@ -76,6 +76,7 @@ def test_ctrl_c_stops_the_reply_and_keeps_what_was_said(chat):
     terminal.wait_for("stopped")
     terminal.wait_for("You>", times=2)
     assert "word999" not in terminal.screen
+    assert terminal.screen.count("word0 ") == 1  # an echoed ^C would leave a drawing behind
     say(terminal, "and now", "heard 'and now' after 4 messages")
     say(terminal, ":history", "word10", times=2)
 
