@@ -188,6 +188,9 @@ def test_a_reply_is_continued_where_the_engine_can_and_refused_where_not(engine,
     take(connect(), request)
     assert engine.bodies[0]["messages"][-1] == {"role": "assistant", "content": "one two"}
     assert engine.bodies[0]["continue_final_message"] is True
+    engine.models = [{"id": "m", "owned_by": "qwen"}]  # this project's own API
+    take(connect(), request)
+    assert engine.bodies[1]["messages"] == engine.bodies[0]["messages"]
     engine.models = [{"id": "m", "owned_by": "somebody"}]
     with pytest.raises(InvalidRequest, match="cannot go on"):
         take(connect(), request)
