@@ -346,6 +346,7 @@ def faulty(backend: OpenAIBackend, kind: type[QwenError]) -> tuple[str, QwenErro
         says(chunk("half"), {"choices": "none"}),
         says(chunk("half"), {"error": {"message": "boom", "code": 500}}),
         says(chunk("half")),
+        says(chunk("half"), chunk(finish="abort")),  # as vLLM and SGLang when they are stopped
     ],
 )
 def test_a_reply_that_breaks_is_an_error_behind_its_text_and_not_asked_again(engine, connect, act):
