@@ -128,6 +128,16 @@ def test_a_paste_keeps_its_lines_and_is_not_sent_by_itself(chat):
     say(terminal, "", r"heard 'one\ntwo\n:exit'")
 
 
+def test_a_paste_of_10000_lines_is_one_message(chat):
+    terminal = chat()
+    terminal.type("\x1b[200~" + "line\n" * 10_000 + "last of them\x1b[201~")
+    terminal.wait_for("last of them")
+    terminal.type(ENTER)
+    terminal.wait_for("The prompt is too long.")
+    terminal.type("hi" + ENTER)
+    terminal.wait_for("hello there")
+
+
 def test_history_is_kept_for_the_next_start_in_a_private_file(chat, tmp_path):
     first = chat()
     say(first, "remember me", "heard")
