@@ -170,6 +170,8 @@ def _converse(session: ChatSession, screen: Screen) -> int:
                 reply(lambda cancel, text=text: session.ask(text, cancel))  # type: ignore[misc]
         except QwenError as error:
             screen.error(f"{error}")
+        except KeyboardInterrupt:
+            screen.note("Interrupted; Ctrl-D leaves.")
 
 
 def _greet(session: ChatSession, screen: Screen) -> None:
@@ -215,7 +217,7 @@ def show_reply(screen: Screen, stream: Stream) -> StreamEvent | None:
 
 @contextmanager
 def _stopped_by_ctrl_c(cancel: threading.Event) -> Iterator[None]:
-    """Let the first Ctrl-C set an event; a second one interrupts as usual."""
+    """Let the first Ctrl-C set an event; a second one does not wait for the reply's end."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         if cancel.is_set():

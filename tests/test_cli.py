@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -79,6 +80,18 @@ def test_ctrl_c_stops_the_reply_and_keeps_what_was_said(chat):
     assert terminal.screen.count("word0 ") == 1  # an echoed ^C would leave a drawing behind
     say(terminal, "and now", "heard 'and now' after 4 messages")
     say(terminal, ":history", "word10", times=2)
+
+
+def test_an_impatient_second_ctrl_c_does_not_cost_the_conversation(chat):
+    terminal = chat()
+    say(terminal, "hi", "hello there")
+    terminal.type("stuck" + ENTER)
+    terminal.wait_for("heard")
+    terminal.type(CTRL_C)
+    time.sleep(0.5)
+    terminal.type(CTRL_C)
+    terminal.wait_for("Interrupted")
+    say(terminal, "and now", "heard 'and now' after 6 messages")
 
 
 def test_ctrl_c_at_the_prompt_empties_the_line_and_stays(chat):
