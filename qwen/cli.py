@@ -142,11 +142,12 @@ def _answer_pipe(session: ChatSession, screen: Screen) -> int:
 
 
 def _converse(session: ChatSession, screen: Screen) -> int:
-    from qwen.cli_input import build_reader, open_history
+    from qwen.cli_input import build_reader, open_history, quiet_keys
     from qwen.weights_cache import cache_folder
 
     def reply(stream: Stream) -> None:
-        show_reply(screen, stream)
+        with quiet_keys():
+            show_reply(screen, stream)
 
     commands = CommandLine(session, screen, reply)
     read = build_reader(
@@ -169,6 +170,8 @@ def _converse(session: ChatSession, screen: Screen) -> int:
                 reply(lambda cancel, text=text: session.ask(text, cancel))  # type: ignore[misc]
         except QwenError as error:
             screen.error(f"{error}")
+        except KeyboardInterrupt:
+            screen.note("Interrupted; Ctrl-D leaves.")
 
 
 def _greet(session: ChatSession, screen: Screen) -> None:
@@ -214,7 +217,7 @@ def show_reply(screen: Screen, stream: Stream) -> StreamEvent | None:
 
 @contextmanager
 def _stopped_by_ctrl_c(cancel: threading.Event) -> Iterator[None]:
-    """Let the first Ctrl-C set an event; a second one interrupts as usual."""
+    """Let the first Ctrl-C set an event; a second one does not wait for the reply's end."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         if cancel.is_set():

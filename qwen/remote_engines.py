@@ -42,7 +42,7 @@ KINDS: dict[str, EngineKind] = {
         "SGLang", "repetition_penalty", -1, {"continue_final_message": True}, "prompt"
     ),
     "llamacpp": EngineKind("llama.cpp", "repeat_penalty", 0, {}, "content"),
-    "qwen": EngineKind("Qwen Chat", "repetition_penalty", 0),
+    "qwen": EngineKind("Qwen Chat", "repetition_penalty", 0, {}),
 }
 
 

@@ -29,7 +29,6 @@ _FINISH: dict[str, FinishReason] = {
     "function_call": "tool_calls",
     "content_filter": "stop",
     "eos": "stop",
-    "abort": "cancelled",
 }
 
 

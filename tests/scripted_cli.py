@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 
 from fake_backend import FakeBackend
@@ -31,7 +32,10 @@ class ScriptedBackend(FakeBackend):
         self.pause = 0.02 if question == "slow" else 0.0
         fails = question == "fail"
         self.fault = BackendFailed("It broke. Try again.") if fails else None
-        yield from super()._events(request, cancel)
+        for event in super()._events(request, cancel):
+            yield event
+            if question == "stuck" and event.text:  # at work, and looking at nothing
+                time.sleep(60)
 
 
 def reply(request: ChatRequest) -> str:

@@ -77,7 +77,9 @@ class Terminal:
 
     def type(self, text: str) -> None:
         """Press keys."""
-        os.write(self._master, text.encode())
+        data = text.encode()
+        while data:
+            data = data[os.write(self._master, data) :]
 
     def wait_for(self, text: str, *, times: int = 1, seconds: float = 60) -> None:
         """Wait until a text is to be seen so many times."""

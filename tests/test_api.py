@@ -1,6 +1,7 @@
 """The API's routes over a scripted backend on a real socket."""
 
 import json
+import threading
 
 import pytest
 from api_server import HELLO, ScriptedBackend
@@ -15,7 +16,8 @@ from qwen.errors import (
     PromptTooLong,
     TooManyRequests,
 )
-from qwen.messages import StreamEvent, TokenLogprobs, ToolCallDelta
+from qwen.messages import ChatRequest, Message, StreamEvent, TokenLogprobs, ToolCallDelta
+from webapp.activity import Activity
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 CALL = (
@@ -356,6 +358,17 @@ def test_health_tells_when_replies_can_be_had(serve_api):
     answer = api.client.get("/health")
     assert (answer.status_code, answer.json()) == (503, {"status": "stopping"})
     assert error_of(api.chat())["code"] == "not_ready"
+
+
+def test_reply_that_begins_with_thoughts_has_begun():
+    watched = (activity := Activity()).watch(ScriptedBackend(StreamEvent(reasoning="hm")))
+    stream = watched.stream(ChatRequest((Message("user", "hi"),)), threading.Event())
+    while not next(stream).reasoning:
+        pass
+    figure = activity.registry.get_sample_value
+    assert (figure("qwen_replies_queued"), figure("qwen_replies_running")) == (0, 1)
+    stream.close()
+    assert figure("qwen_replies_running") == 0
 
 
 def test_metrics_count_requests_tokens_and_times(serve_api):

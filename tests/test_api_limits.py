@@ -13,10 +13,12 @@ import pytest
 from api_server import HELLO
 from argon2 import PasswordHasher
 from fake_backend import FakeBackend, wait_until
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import PlainTextResponse
 
 from qwen.messages import StreamEvent, Usage
 from webapp.api_auth import AccessControl
-from webapp.api_limits import BodyLimit
+from webapp.api_limits import WAITING_KEYS, BodyLimit, KeyCheck
 from webapp.logs import set_up_logs
 
 
@@ -49,6 +51,30 @@ def test_key_opens_what_is_closed_without_it(serve_api):
 def test_refused_request_never_reaches_the_model(serve_api):
     assert serve_api(backend := FakeBackend(), keys=("one",)).chat().status_code == 401
     assert not backend.requests
+
+
+def test_crowd_with_wrong_keys_leaves_the_threads_to_replies():
+    done = threading.Event()
+    access = AccessControl(keys=["one"])
+    access.allows = lambda header: done.wait(20) and False  # type: ignore[method-assign]
+    answers = []
+
+    async def send(message):
+        answers.append(message.get("status", 0))
+
+    async def crowd():
+        check = KeyCheck(PlainTextResponse(), access=access, open_paths=())
+        scope = {"type": "http", "path": "/", "headers": [(b"authorization", b"Bearer wrong")]}
+        asking = [asyncio.create_task(check(scope, None, send)) for _ in range(300)]
+        try:
+            assert await asyncio.wait_for(run_in_threadpool(lambda: "reply"), 10) == "reply"
+        finally:
+            done.set()
+            await asyncio.gather(*asking)
+
+    asyncio.run(crowd())
+    assert answers.count(401) == WAITING_KEYS
+    assert answers.count(429) == 300 - WAITING_KEYS
 
 
 def test_login_opens_as_in_the_reference(serve_api):

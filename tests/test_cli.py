@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -76,8 +77,21 @@ def test_ctrl_c_stops_the_reply_and_keeps_what_was_said(chat):
     terminal.wait_for("stopped")
     terminal.wait_for("You>", times=2)
     assert "word999" not in terminal.screen
+    assert terminal.screen.count("word0 ") == 1  # an echoed ^C would leave a drawing behind
     say(terminal, "and now", "heard 'and now' after 4 messages")
     say(terminal, ":history", "word10", times=2)
+
+
+def test_an_impatient_second_ctrl_c_does_not_cost_the_conversation(chat):
+    terminal = chat()
+    say(terminal, "hi", "hello there")
+    terminal.type("stuck" + ENTER)
+    terminal.wait_for("heard")
+    terminal.type(CTRL_C)
+    time.sleep(0.5)
+    terminal.type(CTRL_C)
+    terminal.wait_for("Interrupted")
+    say(terminal, "and now", "heard 'and now' after 6 messages")
 
 
 def test_ctrl_c_at_the_prompt_empties_the_line_and_stays(chat):
@@ -125,6 +139,16 @@ def test_a_paste_keeps_its_lines_and_is_not_sent_by_itself(chat):
     terminal.wait_for(":exit")
     assert "heard" not in terminal.screen
     say(terminal, "", r"heard 'one\ntwo\n:exit'")
+
+
+def test_a_paste_of_10000_lines_is_one_message(chat):
+    terminal = chat()
+    terminal.type("\x1b[200~" + "line\n" * 10_000 + "last of them\x1b[201~")
+    terminal.wait_for("last of them")
+    terminal.type(ENTER)
+    terminal.wait_for("The prompt is too long.")
+    terminal.type("hi" + ENTER)
+    terminal.wait_for("hello there")
 
 
 def test_history_is_kept_for_the_next_start_in_a_private_file(chat, tmp_path):

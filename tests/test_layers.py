@@ -181,7 +181,7 @@ ROOMS: dict[str, tuple[float, str]] = {
     "webapp.api_errors": (8, ""),
     "webapp.api_requests": (8.2, ""),
     "webapp.api_replies": (8.2, ""),
-    "webapp.api_limits": (8.3, "starlette"),
+    "webapp.api_limits": (8.3, "anyio starlette"),
     "webapp.api_stream": (8.5, "starlette"),
     "webapp.api": (8.7, "anyio fastapi prometheus_client starlette"),
     "webapp.front": (9, "starlette"),

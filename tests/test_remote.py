@@ -188,6 +188,9 @@ def test_a_reply_is_continued_where_the_engine_can_and_refused_where_not(engine,
     take(connect(), request)
     assert engine.bodies[0]["messages"][-1] == {"role": "assistant", "content": "one two"}
     assert engine.bodies[0]["continue_final_message"] is True
+    engine.models = [{"id": "m", "owned_by": "qwen"}]  # this project's own API
+    take(connect(), request)
+    assert engine.bodies[1]["messages"] == engine.bodies[0]["messages"]
     engine.models = [{"id": "m", "owned_by": "somebody"}]
     with pytest.raises(InvalidRequest, match="cannot go on"):
         take(connect(), request)
@@ -343,6 +346,7 @@ def faulty(backend: OpenAIBackend, kind: type[QwenError]) -> tuple[str, QwenErro
         says(chunk("half"), {"choices": "none"}),
         says(chunk("half"), {"error": {"message": "boom", "code": 500}}),
         says(chunk("half")),
+        says(chunk("half"), chunk(finish="abort")),  # as vLLM and SGLang when they are stopped
     ],
 )
 def test_a_reply_that_breaks_is_an_error_behind_its_text_and_not_asked_again(engine, connect, act):

@@ -151,10 +151,12 @@ class _Watch:
             self.prompt_tokens = event.usage.prompt_tokens
             self.completion_tokens = event.usage.completion_tokens
         else:
-            self.completion_tokens += len(event.token_ids) or bool(event.text)
+            said = event.text or event.reasoning
+            self.completion_tokens += len(event.token_ids) or bool(said)
         if event.finish_reason is not None:
             self.finish = event.finish_reason
-        if not self.first and (event.text or event.token_ids or event.tool_calls):
+        says = event.text or event.token_ids or event.tool_calls or event.reasoning
+        if not self.first and says:
             self.first = max(time.monotonic() - self.begun, 1e-6)
             self._activity.note_first_token(self.first)
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from starlette.concurrency import run_in_threadpool
+import anyio.to_thread
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 #: Within which a whole request body must have come, in seconds.
 BODY_SECONDS = 60.0
+#: Keys that may be under check or wait for it at once; each takes some 30 ms.
+WAITING_KEYS = 64
 #: How the log names a request whose client left before it was answered, as nginx does.
 CLIENT_GONE = 499
 
@@ -161,6 +163,9 @@ def client_of(scope: Scope) -> str:
 class KeyCheck:
     """Lets only those in whose Authorization header is right.
 
+    A check takes milliseconds and holds a thread. All of them share one, apart from the threads
+    that replies need: a crowd with wrong keys would stop every reply otherwise.
+
     Args:
         app: What gets the request.
         access: Who may.
@@ -171,6 +176,8 @@ class KeyCheck:
         self._app = app
         self._access = access
         self._open_paths = frozenset(open_paths)
+        self._turn = anyio.CapacityLimiter(1)
+        self._checking = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on if it may pass."""
@@ -178,7 +185,21 @@ class KeyCheck:
             await self._app(scope, receive, send)
             return
         header = Headers(scope=scope).get("authorization")
-        if self._access.remembers(header) or await run_in_threadpool(self._access.allows, header):
+        if self._access.remembers(header):
+            await self._app(scope, receive, send)
+            return
+        if self._checking >= WAITING_KEYS:
+            text = "Too many keys are being checked. Try again in a moment."
+            await error_response(too_many(text, seconds=2))(scope, receive, send)
+            return
+        self._checking += 1
+        try:
+            is_right = await anyio.to_thread.run_sync(
+                self._access.allows, header, limiter=self._turn
+            )
+        finally:
+            self._checking -= 1
+        if is_right:
             await self._app(scope, receive, send)
             return
         answer = ErrorAnswer(
