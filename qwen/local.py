@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from qwen.messages import (
     checked_number,
 )
 from qwen.model_shape import read_context_length
+from qwen.own_thread import run_on_own_thread
 from qwen.prompt import Prompt, PromptBuilder
 from qwen.text_stream import stream_until_stop, stream_utf8
 from qwen.token_log import LoggedToken, TokenLog
@@ -283,6 +285,10 @@ def load_backend(
         OutOfMemory: They do not fit.
         InvalidSetting: As `Engine`.
     """
+    return run_on_own_thread(partial(_load, checkpoint, options, report))
+
+
+def _load(checkpoint: str, options: LoadOptions, report: ReportProgress) -> LocalBackend:
     from qwen.loading import load_model, runs_on_gpu
     from qwen.preflight import Wish, check_start
 

@@ -22,6 +22,7 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen.carriers": (0, ""),
     "qwen.messages": (0.5, ""),
     "qwen.serving_limits": (0, ""),
+    "qwen.own_thread": (0, ""),
     "qwen.load_options": (0.1, ""),
     "qwen.tool_json": (0, ""),
     "qwen.tool_stream": (0.7, ""),

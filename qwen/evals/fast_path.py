@@ -13,6 +13,7 @@ from torch import Tensor
 from qwen.backend import ignore_progress
 from qwen.decoder import Decoder
 from qwen.errors import StartupError
+from qwen.own_thread import run_on_own_thread
 
 #: Tokens of each kind of text, and how many of them the decode form reads one by one.
 _TOKENS, _ONE_BY_ONE = 1024, 384
@@ -26,6 +27,10 @@ def load_fast(checkpoint: str) -> tuple[Any, Decoder]:
         CheckpointError: It cannot be had, read or run.
         StartupError: There is no fast path for it here; the log says why.
     """
+    return run_on_own_thread(partial(_load_fast, checkpoint))
+
+
+def _load_fast(checkpoint: str) -> tuple[Any, Decoder]:
     from qwen.fast_decoder import build_decoder, can_pack, kernels_folder
     from qwen.loading import load_model
 
