@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from qwen.backend import BackendInfo, DeferredBackend
 from qwen.errors import EmptyMessage, PromptTooLong
 from qwen.messages import ChatRequest, ContextUsage, StreamEvent, Timing, Usage
+from qwen.prompt import check_conversation
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
@@ -62,6 +63,8 @@ class FakeBackend:
             self.active -= 1
 
     def _events(self, request: ChatRequest, cancel: threading.Event) -> Iterator[StreamEvent]:
+        if request.raw_prompt is None:
+            check_conversation(request.messages)
         if request.raw_prompt is None and not request.messages[-1].content.strip():
             raise EmptyMessage("The message is empty. Write something first.")
         context = self.count_tokens(request)

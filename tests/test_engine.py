@@ -540,6 +540,8 @@ def test_reading_again_can_be_cancelled(monkeypatch):
 
     model = RecordingModel(cancel_at_second_start)
     ids = reply_past_thresholds(model, "grow", cancel=cancel)
+    # The caller stops at once; the loop then ends the read in which it was, and reads no more.
+    wait_until(lambda: "decode-loop" not in [thread.name for thread in threading.enumerate()])
     assert (len(ids), model.reads[-1]) == (65, (0, 50))
 
 
