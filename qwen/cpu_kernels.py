@@ -17,10 +17,20 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from qwen.kernel_arguments import (
+    CHeads,
+    CSequence,
+    CWeights,
+    KernelLayers,
+    NewTokens,
+    PackedLinear,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +53,12 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "position_block": ([], _L),
     "pack": ([_P, _I, _L, _L, _P, _P, _I], None),
     "unpack": ([_P, _P, _L, _L, _P], None),
-    "linear": ([_P, _P, _L, _L, _P, _P, _L, _P, _I, _I], None),
+    "linear": ([_P, _P, _L, _P, _I, _I], None),
     "rms_norm": ([_P, _P, _F, _L, _L, _P, _I], None),
     "silu_mul": ([_P, _L, _L, _P, _I], None),
-    "rotate_and_store": ([_P, _L, _L, _L, _L, _L, _P, _P, _P, _P, _P, _L, _L, _I], None),
-    "attend": ([_P, _L, _L, _L, _L, _P, _P, _L, _L, _F, _P, _I], None),
+    "rotate_and_store": ([_P, _P, _L, _L, CHeads, _L, _I], None),
+    "attend": ([_P, _P, _L, _L, CHeads, _F, _P, _I], None),
+    "run_layers": ([_P, _L, _P, _L, CHeads, _L, _F, _F, _P, _I], None),
 }
 
 
@@ -187,10 +198,10 @@ class CpuKernels:
         adds = out is not None
         if out is None:
             out = torch.empty(tokens, outputs)
+        weights = CWeights.of(PackedLinear(packed, scales, bias, outputs, columns))
         self._library.linear(
-            packed.data_ptr(), scales.data_ptr(), outputs, columns,
-            None if bias is None else bias.data_ptr(),
-            x.data_ptr(), tokens, out.data_ptr(), adds, torch.get_num_threads(),
+            ctypes.byref(weights), x.data_ptr(), tokens, out.data_ptr(), adds,
+            torch.get_num_threads(),
         )  # fmt: skip
         return out
 
@@ -241,19 +252,49 @@ class CpuKernels:
             (tokens, heads * dim).
         """
         tokens, width = qkv.shape
-        kv_heads, capacity, dim = keys.shape
-        assert start + tokens <= capacity and capacity % self.position_block == 0
-        assert keys.dtype is torch.bfloat16 and dim % 2 == 0 and dim <= 1024
-        heads = width // dim - 2 * kv_heads
-        out = torch.empty(tokens, heads * dim)
-        sizes, threads = (tokens, heads, kv_heads, dim), torch.get_num_threads()
-        store = (keys.data_ptr(), values.data_ptr(), capacity, start)
+        kv_heads, _, dim = keys.shape
+        heads = CHeads(width // dim - 2 * kv_heads, kv_heads, dim)
+        new = NewTokens(tokens, start, keys, values, cos, sin, logn)
+        sequences, threads = self._sequences([new]), torch.get_num_threads()
+        out = torch.empty(tokens, heads.queries * dim)
         self._library.rotate_and_store(
-            qkv.data_ptr(), *sizes, cos.shape[-1], cos.data_ptr(), sin.data_ptr(),
-            None if logn is None else logn.data_ptr(), *store, threads,
-        )  # fmt: skip
-        self._library.attend(qkv.data_ptr(), *sizes, *store, scale, out.data_ptr(), threads)
+            qkv.data_ptr(), sequences, 1, 0, heads, cos.shape[-1], threads
+        )
+        self._library.attend(qkv.data_ptr(), sequences, 1, 0, heads, scale, out.data_ptr(), threads)
         return out
+
+    def run_layers(
+        self,
+        hidden: Tensor,
+        layers: KernelLayers,
+        new: Sequence[NewTokens],
+        *,
+        eps: float,
+        scale: float,
+    ) -> None:
+        """Run all layers of a model for new tokens of several sequences, in one call.
+
+        Args:
+            hidden: (tokens of all sequences, hidden_size), in the order of `new`; changed to the
+                last hidden states.
+            layers: The model.
+            new: The tokens; keys and values are those of the first layer, behind which the others
+                follow.
+            eps: Of the norms.
+            scale: Factor of the attention's scores.
+        """
+        assert sum(each.tokens for each in new) == len(hidden) and hidden.is_contiguous()
+        self._library.run_layers(
+            layers.table, len(layers.table), self._sequences(new), len(new), layers.heads,
+            new[0].cos.shape[-1], eps, scale, hidden.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+
+    def _sequences(self, new: Sequence[NewTokens]) -> ctypes.Array[CSequence]:
+        for each in new:
+            _, capacity, dim = each.keys.shape
+            assert each.start + each.tokens <= capacity and capacity % self.position_block == 0
+            assert each.keys.dtype is torch.bfloat16 and dim % 2 == 0 and dim <= 1024
+        return (CSequence * len(new))(*map(CSequence.of, new))
 
     def check(self) -> None:
         """Compare a product with torch's: a compiler may be wrong, or a file of another machine.

@@ -18,6 +18,7 @@ from torch import Tensor
 from qwen.cpu_kernels import CpuKernels
 from qwen.decoder_ops import CpuOps, DecoderOps, Span, TorchOps
 from qwen.decoder_weights import LayerWeights, collect_weights
+from qwen.int8_layers import Int8Layers, is_int8
 from qwen.int8_linear import Int8Linear
 from qwen.kv_store import KvStore
 from qwen.rope import logn_factor, ntk_alpha, rotary_tables, scaled_inv_freq
@@ -133,6 +134,9 @@ class Decoder:
     def __init__(self, model: Any, *, kernels: CpuKernels | None = None) -> None:
         self._weights = collect_weights(model, kernels=kernels)
         self._parts = ForwardParts(TorchOps() if kernels is None else CpuOps(kernels))
+        self._int8_layers = (
+            Int8Layers(self._weights, kernels) if kernels and is_int8(self._weights) else None
+        )
         self._dtype = torch.float32 if kernels else model.dtype
         self._store_dtype = torch.bfloat16 if kernels else model.dtype
         self._config = model.config
@@ -223,7 +227,7 @@ class Decoder:
         """
         spans = [_place(len(piece.ids), piece.sequence) for piece in pieces]
         stores = [piece.sequence.store for piece in pieces]
-        hidden = self._forward_many(torch.cat([piece.ids for piece in pieces]), spans, stores)
+        hidden = self.forward(torch.cat([piece.ids for piece in pieces]), spans, stores)
         ends = [-1]
         for piece in pieces:
             ends.append(ends[-1] + len(piece.ids))
@@ -240,57 +244,48 @@ class Decoder:
     def advance(self, ids: Tensor, sequence: DecoderSequence) -> Tensor:
         """Read as `read`; return the hidden states (tokens, hidden_size) that `logits` takes."""
         span = _place(len(ids), sequence)
-        hidden = self.forward(ids, span, sequence.store)
+        hidden = self.forward(ids, [span], [sequence.store])
         sequence.store.length = span.length
         return hidden
 
-    def forward(
-        self, ids: Tensor, span: Span, store: KvStore, *, parts: ForwardParts | None = None
-    ) -> Tensor:
+    def forward(self, ids: Tensor, spans: Sequence[Span], stores: Sequence[KvStore]) -> Tensor:
         """Compute the last hidden states of new tokens, and write their keys and values.
 
         Args:
-            ids: (tokens,), int64.
-            span: Where they stand.
-            store: Has room for them; its `length` is not looked at.
-            parts: Compute layers with these; None is the decoder's own.
+            ids: (tokens of all spans,), int64, those of one sequence after those of another.
+            spans: Where they stand in each sequence, which attends by itself.
+            stores: The sequences' own; have room for them. Their `length` is not looked at.
 
         Returns:
             (tokens, hidden_size), before the last norm.
         """
-        ops, scale = (parts or self._parts).ops, self._weights.scale
-        mask = ops.build_mask(span)
-
-        def attend(index: int, qkv: Tensor) -> Tensor:
-            return ops.attend(qkv, *store.layer(index), span, mask, scale=scale)
-
-        return self._layers(ids, attend, parts or self._parts)
-
-    def _forward_many(
-        self, ids: Tensor, spans: Sequence[Span], stores: Sequence[KvStore]
-    ) -> Tensor:
-        """Compute as `forward` for the rows of several sequences, which attend each by itself."""
+        if self._int8_layers is not None:
+            hidden = self._embed(ids)
+            self._int8_layers.run(hidden, spans, stores)
+            return hidden
         ops, scale = self._parts.ops, self._weights.scale
         masks = [ops.build_mask(span) for span in spans]
         sizes = [len(span.positions) for span in spans]
 
         def attend(index: int, qkv: Tensor) -> Tensor:
             rows = zip(torch.split(qkv, sizes), stores, spans, masks, strict=True)
-            return torch.cat(
-                [
-                    ops.attend(own, *store.layer(index), span, mask, scale=scale)
-                    for own, store, span, mask in rows
-                ]
-            )
+            attended = [
+                ops.attend(own, *store.layer(index), span, mask, scale=scale)
+                for own, store, span, mask in rows
+            ]
+            return attended[0] if len(attended) == 1 else torch.cat(attended)
 
         return self._layers(ids, attend, self._parts)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self._weights.embedding[ids.to(self.device)].to(self._dtype)
 
     def _layers(
         self, ids: Tensor, attend: Callable[[int, Tensor], Tensor], parts: ForwardParts
     ) -> Tensor:
         """Run all layers; `attend` takes a layer's index and its queries, keys and values."""
         weights, eps = self._weights, self._weights.eps
-        hidden = weights.embedding[ids.to(self.device)].to(self._dtype)
+        hidden = self._embed(ids)
         for index, layer in enumerate(weights.layers):
             attended = attend(index, parts.project(parts.ops, layer, hidden, eps))
             hidden = parts.finish(parts.ops, layer, hidden, attended, eps)

@@ -37,6 +37,11 @@ class LayerWeights:
     gate_up: LinearMap
     down: LinearMap
 
+    @property
+    def linears(self) -> tuple[LinearMap, ...]:
+        """The linear maps, in the order in which they are used."""
+        return self.qkv, self.attention_output, self.gate_up, self.down
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights:
@@ -69,8 +74,7 @@ class DecoderWeights:
     @property
     def linears(self) -> tuple[LinearMap, ...]:
         """All linear maps."""
-        parts = ((x.qkv, x.attention_output, x.gate_up, x.down) for x in self.layers)
-        return (self.head, *(linear for part in parts for linear in part))
+        return (self.head, *(linear for layer in self.layers for linear in layer.linears))
 
 
 def check_model(model: Any) -> None:

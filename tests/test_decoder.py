@@ -3,7 +3,7 @@ import pytest
 import torch
 from tiny_model import build_tiny_model
 
-from qwen.decoder import Decoder
+from qwen.decoder import Decoder, Piece
 from qwen.fast_decoder import build_decoder
 from qwen.int8_linear import Int8Linear
 
@@ -138,3 +138,21 @@ def test_without_a_compiler_weights_stay_dense_and_the_log_says_so(monkeypatch, 
     decoder = build_decoder(build_tiny_model(), kernels_folder=tmp_path)
     assert decoder is not None and not decoder.is_exact
     assert "compiler" in caplog.text and "float32" in caplog.text
+
+
+@torch.inference_mode()
+def test_int8_layers_in_one_call_are_the_operations_one_by_one_bit_for_bit(
+    make, kernels, monkeypatch
+):
+    together = Decoder(make(), kernels=kernels)
+    monkeypatch.setattr("qwen.decoder.is_int8", lambda weights: False)
+    by_operation = Decoder(make(), kernels=kernels)
+
+    def logits(decoder):
+        sequences = [decoder.start(length) for length in (3, 70, 20)]
+        chunks = [prompt(3), prompt(70, seed=1), prompt(20, seed=2)]
+        first = decoder.read_many([Piece(*pair) for pair in zip(chunks, sequences, strict=True)])
+        again = [decoder.read(torch.tensor([7]), sequence) for sequence in sequences]
+        return torch.stack([*first, *again])
+
+    assert torch.equal(logits(together), logits(by_operation))

@@ -88,6 +88,7 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen.tuning_run": (3.1, "torch"),
     "qwen.quantize": (3.2, "transformers"),
     # The fast forward.
+    "qwen.kernel_arguments": (0.9, "torch"),
     "qwen.cpu_kernels": (1, "torch"),
     "qwen.mapped_memory": (1, "torch"),
     "qwen.prefix_cache": (1, ""),
@@ -96,6 +97,7 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen.int8_linear": (1.5, "torch"),
     "qwen.decoder_ops": (1.7, "torch"),
     "qwen.decoder_weights": (2.8, "torch"),
+    "qwen.int8_layers": (2.85, "torch"),
     "qwen.decoder": (2.9, "torch"),
     "qwen.cuda_graphs": (2.95, "torch"),
     "qwen.fast_decoder": (2.97, ""),

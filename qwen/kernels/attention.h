@@ -43,6 +43,31 @@ struct Store {
   }
 };
 
+// The new tokens of one sequence, and where its keys and values lie: those of a layer after those
+// of another. cos, sin (tokens, rotary); logn (tokens) or none.
+struct Sequence {
+  int64_t tokens, start, capacity;
+  uint16_t *keys, *values;
+  const float *cos, *sin, *logn;
+
+  Store store(int64_t layer, const Heads& heads) const {
+    const int64_t place = layer * heads.keys * capacity * heads.dim;
+    return {keys + place, values + place, capacity, start};
+  }
+};
+
+inline int64_t count_rows(const Sequence* sequences, int64_t count) {
+  int64_t rows = 0;
+  for (int64_t i = 0; i < count; ++i) rows += sequences[i].tokens;
+  return rows;
+}
+
+// The sequence that a row belongs to; the row becomes that of the sequence's own tokens.
+inline const Sequence& find_row(const Sequence* sequences, int64_t* row) {
+  while (*row >= sequences->tokens) *row -= sequences++->tokens;
+  return *sequences;
+}
+
 inline void rotate(const float* in, const float* cos, const float* sin, float factor,
                    int64_t rotary, int64_t dim, float* out) {
   const int64_t half = rotary / 2;

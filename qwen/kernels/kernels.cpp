@@ -29,9 +29,28 @@ inline uint16_t bfloat16_above(float x) {
   return uint16_t((bits + 0xffff) >> 16);
 }
 
+// A queue of the passes of attention: `first` of the queries that share head `kv` of a sequence
+// whose tokens begin at `row`.
+struct Task {
+  int64_t sequence, row, kv, first;
+};
+
 }  // namespace
 
 extern "C" {
+
+// Of a linear layer; packed and scales from `pack`, bias may be missing.
+struct Weights {
+  const int8_t* packed;
+  const uint16_t* scales;
+  const float* bias;
+  int64_t outputs, inputs;
+};
+
+struct Layer {
+  const float *input_norm, *mlp_norm;
+  Weights qkv, attention_output, gate_up, down;
+};
 
 int64_t group_size() { return GROUP; }
 int64_t row_block() { return ROWS; }
@@ -77,14 +96,15 @@ void unpack(const int8_t* packed, const uint16_t* scales, int64_t outputs, int64
 }
 
 // y (tokens, outputs) = [y +] x (tokens, inputs) W^T [+ bias].
-void linear(const int8_t* packed, const uint16_t* scales, int64_t outputs, int64_t inputs,
-            const float* bias, const float* x, int64_t tokens, float* y, int accumulate,
+void linear(const Weights& weights, const float* x, int64_t tokens, float* y, int accumulate,
             int threads) {
   static thread_local Activations own;
+  const int64_t inputs = weights.inputs, outputs = weights.outputs;
   const int64_t groups = (inputs + GROUP - 1) / GROUP;
   own.reserve(tokens, groups);
   Activations& shared = own;
-  const Linear layer{packed, scales, outputs, groups, bias, y, accumulate != 0};
+  const Linear layer{weights.packed, weights.scales, outputs, groups, weights.bias, y,
+                     accumulate != 0};
   if (tokens == 1) shared.quantize(x, inputs, 0);
 #pragma omp parallel num_threads(threads)
   {
@@ -131,61 +151,98 @@ void silu_mul(const float* gate_up, int64_t tokens, int64_t size, float* out, in
   }
 }
 
-// Rotate queries in place and keys into the store, copy values there; sharpen queries by `logn`.
-// qkv (tokens, (heads + 2 * kv_heads) * dim); cos, sin (tokens, rotary); written from position
-// `start` on.
-void rotate_and_store(float* qkv, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim,
-                      int64_t rotary, const float* cos, const float* sin, const float* logn,
-                      uint16_t* keys, uint16_t* values, int64_t capacity, int64_t start,
-                      int threads) {
-  const Heads sizes{heads, kv_heads, dim};
-  const Store store{keys, values, capacity, start};
-#pragma omp parallel for num_threads(threads) schedule(static) if (tokens > 4)
-  for (int64_t m = 0; m < tokens; ++m) {
-    const float *c = cos + m * rotary, *s = sin + m * rotary;
-    float* row = qkv + m * sizes.width();
-    for (int64_t h = 0; h < heads + kv_heads; ++h) {
-      const bool is_query = h < heads;
+// Rotate queries in place and keys into the stores, copy values there; sharpen queries by `logn`.
+// qkv (rows, (heads + 2 * kv_heads) * dim) holds the tokens of one sequence after those of another.
+void rotate_and_store(float* qkv, const Sequence* sequences, int64_t count, int64_t layer,
+                      Heads heads, int64_t rotary, int threads) {
+  const int64_t rows = count_rows(sequences, count);
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows > 4)
+  for (int64_t row = 0; row < rows; ++row) {
+    int64_t m = row;
+    const Sequence& sequence = find_row(sequences, &m);
+    const Store store = sequence.store(layer, heads);
+    const float *c = sequence.cos + m * rotary, *s = sequence.sin + m * rotary;
+    const float sharpening = sequence.logn ? sequence.logn[m] : 1.0f;
+    float* states = qkv + row * heads.width();
+    for (int64_t h = 0; h < heads.queries + heads.keys; ++h) {
+      const bool is_query = h < heads.queries;
       float rotated[1024];
-      rotate(row + h * dim, c, s, is_query && logn ? logn[m] : 1.0f, rotary, dim, rotated);
-      if (is_query) std::memcpy(row + h * dim, rotated, dim * sizeof(float));
-      else store.put_key(h - heads, start + m, rotated, dim);
+      float* state = states + h * heads.dim;
+      rotate(state, c, s, is_query ? sharpening : 1.0f, rotary, heads.dim, rotated);
+      if (is_query) std::memcpy(state, rotated, heads.dim * sizeof(float));
+      else store.put_key(h - heads.queries, store.start + m, rotated, heads.dim);
     }
-    for (int64_t h = 0; h < kv_heads; ++h)
-      store.put_value(h, start + m, row + (heads + kv_heads + h) * dim, dim);
+    const float* values = states + (heads.queries + heads.keys) * heads.dim;
+    for (int64_t h = 0; h < heads.keys; ++h)
+      store.put_value(h, store.start + m, values + h * heads.dim, heads.dim);
   }
-  if ((start + tokens) % 2)
-    for (int64_t h = 0; h < kv_heads; ++h) store.clear_value(h, start + tokens, dim);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t end = sequences[i].start + sequences[i].tokens;
+    for (int64_t h = 0; end % 2 && h < heads.keys; ++h)
+      sequences[i].store(layer, heads).clear_value(h, end, heads.dim);
+  }
 }
 
-// out (tokens, heads * dim): token m attends to the positions up to start + m. dim is even.
-void attend(const float* qkv, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t dim,
-            uint16_t* keys, uint16_t* values, int64_t capacity, int64_t start, float scale,
-            float* out, int threads) {
-  const Heads sizes{heads, kv_heads, dim};
-  const Store store{keys, values, capacity, start};
-  const int64_t queries = tokens * sizes.shared(), passes = (queries + QUERIES - 1) / QUERIES;
+// out (rows, heads * dim): token m of a sequence attends to its positions up to start + m. dim is
+// even.
+void attend(const float* qkv, const Sequence* sequences, int64_t count, int64_t layer, Heads heads,
+            float scale, float* out, int threads) {
+  static thread_local std::vector<Task> own;
+  own.clear();
+  for (int64_t i = 0, row = 0; i < count; row += sequences[i++].tokens)
+    for (int64_t kv = 0; kv < heads.keys; ++kv)
+      for (int64_t first = 0; first < sequences[i].tokens * heads.shared(); first += QUERIES)
+        own.push_back({i, row, kv, first});
+  const std::vector<Task>& tasks = own;
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Scratch scratch;
-#pragma omp for schedule(dynamic) collapse(2)
-    for (int64_t kv = 0; kv < kv_heads; ++kv)
-      for (int64_t pass = 0; pass < passes; ++pass) {
-        const int64_t first = pass * QUERIES;
-        const auto run = [&](auto attend_queries) {
-          attend_queries(qkv, sizes, store, kv, first, scale, out, scratch);
-        };
-        switch (std::min<int64_t>(QUERIES, queries - first)) {
-          case 8: run(attend_some<8>); break;
-          case 7: run(attend_some<7>); break;
-          case 6: run(attend_some<6>); break;
-          case 5: run(attend_some<5>); break;
-          case 4: run(attend_some<4>); break;
-          case 3: run(attend_some<3>); break;
-          case 2: run(attend_some<2>); break;
-          case 1: run(attend_some<1>); break;
-        }
+#pragma omp for schedule(dynamic)
+    for (int64_t t = 0; t < int64_t(tasks.size()); ++t) {
+      const Task& task = tasks[t];
+      const Sequence& sequence = sequences[task.sequence];
+      const Store store = sequence.store(layer, heads);
+      const float* own_qkv = qkv + task.row * heads.width();
+      float* own_out = out + task.row * heads.queries * heads.dim;
+      const auto run = [&](auto attend_queries) {
+        attend_queries(own_qkv, heads, store, task.kv, task.first, scale, own_out, scratch);
+      };
+      switch (std::min<int64_t>(QUERIES, sequence.tokens * heads.shared() - task.first)) {
+        case 8: run(attend_some<8>); break;
+        case 7: run(attend_some<7>); break;
+        case 6: run(attend_some<6>); break;
+        case 5: run(attend_some<5>); break;
+        case 4: run(attend_some<4>); break;
+        case 3: run(attend_some<3>); break;
+        case 2: run(attend_some<2>); break;
+        case 1: run(attend_some<1>); break;
       }
+    }
+  }
+}
+
+// All layers of a model for the tokens of several sequences; hidden (rows, hidden size) is changed.
+void run_layers(const Layer* layers, int64_t num_layers, const Sequence* sequences, int64_t count,
+                Heads heads, int64_t rotary, float eps, float scale, float* hidden, int threads) {
+  static thread_local std::vector<float> memory;
+  const int64_t rows = count_rows(sequences, count), size = layers->qkv.inputs;
+  const int64_t mixed = heads.queries * heads.dim, inner = layers->down.inputs;
+  const int64_t needed = rows * (size + heads.width() + mixed + 3 * inner);
+  if (int64_t(memory.size()) < needed) memory.resize(needed);
+  float *normed = memory.data(), *qkv = normed + rows * size;
+  float *attended = qkv + rows * heads.width(), *gate_up = attended + rows * mixed;
+  float* activated = gate_up + 2 * rows * inner;
+  for (int64_t i = 0; i < num_layers; ++i) {
+    const Layer& layer = layers[i];
+    rms_norm(hidden, layer.input_norm, eps, rows, size, normed, threads);
+    linear(layer.qkv, normed, rows, qkv, false, threads);
+    rotate_and_store(qkv, sequences, count, i, heads, rotary, threads);
+    attend(qkv, sequences, count, i, heads, scale, attended, threads);
+    linear(layer.attention_output, attended, rows, hidden, true, threads);
+    rms_norm(hidden, layer.mlp_norm, eps, rows, size, normed, threads);
+    linear(layer.gate_up, normed, rows, gate_up, false, threads);
+    silu_mul(gate_up, rows, inner, activated, threads);
+    linear(layer.down, activated, rows, hidden, true, threads);
   }
 }
 
