@@ -79,25 +79,49 @@ inline void rotate(const float* in, const float* cos, const float* sin, float fa
   for (int64_t i = rotary; i < dim; ++i) out[i] = in[i] * factor;
 }
 
-// total + first * first' + second * second' of the two bfloat16 in each lane.
-inline vf add_twos(vf total, vi a, vi b) {
+// Two numbers in bfloat16, in the form that vectors are multiplied by fastest.
 #if HAS_AVX512 && defined(__AVX512BF16__)
-  return vf(_mm512_dpbf16_ps(__m512(total), __m512bh(a), __m512bh(b)));
-#else
-  const int32_t upper = int32_t(0xffff0000u);
-  total += bits_as_floats(a << 16) * bits_as_floats(b << 16);
-  return total + bits_as_floats(a & upper) * bits_as_floats(b & upper);
-#endif
+struct Two {
+  uint16_t first, second;
+};
+inline Two make_two(float first, float second) { return {to_bfloat16(first), to_bfloat16(second)}; }
+
+// total + first * first' + second * second' of the two bfloat16 in each lane.
+inline vf add_twos(vf total, vi lanes, Two two) {
+  int32_t bits;
+  std::memcpy(&bits, &two, 4);
+  return vf(_mm512_dpbf16_ps(__m512(total), __m512bh(lanes), __m512bh(fill_int(bits))));
 }
+
+// Over what has been read of the same memory.
+inline void store_twos(vf v, uint16_t* out) {
+  _mm256_storeu_si256((__m256i*)out, (__m256i)_mm512_cvtneps_pbh(__m512(v)));
+}
+typedef uint16_t Half;
+#else
+struct Two {
+  float first, second;
+};
+inline float rounded(float x) { return bfloat16_to_float(to_bfloat16(x)); }
+inline Two make_two(float first, float second) { return {rounded(first), rounded(second)}; }
+
+inline vf add_twos(vf total, vi lanes, Two two) {
+  total += bits_as_floats(lanes << 16) * fill(two.first);
+  return total + bits_as_floats(lanes & int32_t(0xffff0000u)) * fill(two.second);
+}
+
+inline void store_twos(vf v, float* out) { store(out, round_to_bfloat16(v)); }
+typedef float Half;
+#endif
 
 // A block of attention: Q queries that share their keys.
 template <int Q>
 struct Pass {
   const uint16_t *keys, *values;
   int64_t dim, longest;
-  int64_t counts[Q];    // positions that each query sees
-  const int32_t* q[Q];  // two channels in each
-  float* p[Q];          // scores, then weights; room for whole blocks
+  int64_t counts[Q];  // positions that each query sees
+  const Two* q[Q];    // two channels in each
+  float* p[Q];        // scores, then weights in `Two`s; room for whole blocks
   float* out[Q];
 
   void run(float scale) {
@@ -112,7 +136,7 @@ struct Pass {
 
  private:
   void score(float scale) {
-    constexpr int MANY = 8 / Q;  // vectors of positions, so that sums do not wait for each other
+    constexpr int MANY = HAS_AVX512 ? (Q > 4 ? 2 : 4) : std::max(1, 4 / Q);  // vectors of positions, so that sums do not wait for each other
     const int64_t vectors = (longest + BLOCK - 1) / BLOCK * (BLOCK / LANES);
     int64_t v = 0;
     for (; v + MANY <= vectors; v += MANY) score_vectors<MANY>(v, scale);
@@ -133,7 +157,7 @@ struct Pass {
       for (int v = 0; v < V; ++v) twos[v] = load_ints(k[v] + two * BLOCK * 2);
 #pragma GCC unroll 8
       for (int i = 0; i < Q; ++i) {
-        const vi query = fill_int(q[i][two]);
+        const Two query = q[i][two];
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) total[i][v] = add_twos(total[i][v], twos[v], query);
       }
@@ -142,7 +166,7 @@ struct Pass {
       for (int v = 0; v < V; ++v) store(p[i] + (first + v) * LANES, total[i][v] * scale);
   }
 
-  // Replaces scores by weights in twos of bfloat16, zeros behind the last; returns 1 / their sum.
+  // Replaces scores by weights in bfloat16, zeros behind the last; returns 1 / their sum.
   float softmax(int i) {
     float* w = p[i];
     const int64_t count = counts[i], room = (longest + BLOCK - 1) / BLOCK * BLOCK;
@@ -157,19 +181,10 @@ struct Pass {
       if (j + LANES > count)
         for (int lane = int(count - j); lane < LANES; ++lane) weight[lane] = 0;
       total += weight;
-      to_twos(weight, reinterpret_cast<uint16_t*>(w) + j);
+      store_twos(weight, reinterpret_cast<Half*>(w) + j);
     }
-    std::memset(reinterpret_cast<uint16_t*>(w) + whole, 0, (room - whole) * sizeof(uint16_t));
+    std::memset(reinterpret_cast<Half*>(w) + whole, 0, (room - whole) * sizeof(Half));
     return 1.0f / sum(total);
-  }
-
-  // Behind what has been read of the same memory.
-  static void to_twos(vf weights, uint16_t* out) {
-#if HAS_AVX512 && defined(__AVX512BF16__)
-    _mm256_storeu_si256((__m256i*)out, (__m256i)_mm512_cvtneps_pbh(__m512(weights)));
-#else
-    for (int lane = 0; lane < LANES; ++lane) out[lane] = to_bfloat16(weights[lane]);
-#endif
   }
 
   template <int V>
@@ -185,9 +200,7 @@ struct Pass {
         for (int n = 0; n < V; ++n) twos[n] = load_ints(v + n * LANES * 2);
 #pragma GCC unroll 8
       for (int i = 0; i < Q; ++i) {
-        int32_t bits;
-        std::memcpy(&bits, p[i] + two, 4);
-        const vi weights = fill_int(bits);
+        const Two weights = reinterpret_cast<const Two*>(p[i])[two];
 #pragma GCC unroll 8
         for (int n = 0; n < V; ++n) total[i][n] = add_twos(total[i][n], twos[n], weights);
       }
@@ -203,7 +216,7 @@ struct Pass {
 // What a thread needs for its passes.
 struct Scratch {
   std::vector<float> weights;
-  std::vector<uint16_t> queries;
+  std::vector<Two> queries;
 };
 
 // Queries [first, first + Q) of those that share the keys of head `kv`; token by token.
@@ -219,14 +232,14 @@ inline void attend_some(const float* qkv, const Heads& heads, const Store& store
   }
   const int64_t room = (pass.longest + BLOCK - 1) / BLOCK * BLOCK;
   if (int64_t(scratch.weights.size()) < Q * room) scratch.weights.resize(Q * room);
-  if (int64_t(scratch.queries.size()) < Q * dim) scratch.queries.resize(Q * dim);
+  if (int64_t(scratch.queries.size()) < Q * dim / 2) scratch.queries.resize(Q * dim / 2);
   for (int i = 0; i < Q; ++i) {
     const int64_t m = (first + i) / heads.shared();
     const int64_t h = kv * heads.shared() + (first + i) % heads.shared();
     const float* query = qkv + m * heads.width() + h * dim;
-    uint16_t* rounded = scratch.queries.data() + i * dim;
-    for (int64_t d = 0; d < dim; ++d) rounded[d] = to_bfloat16(query[d]);
-    pass.q[i] = reinterpret_cast<const int32_t*>(rounded);
+    Two* twos = scratch.queries.data() + i * dim / 2;
+    for (int64_t d = 0; d < dim; d += 2) twos[d / 2] = make_two(query[d], query[d + 1]);
+    pass.q[i] = twos;
     pass.p[i] = scratch.weights.data() + i * room;
     pass.out[i] = out + (m * heads.queries + h) * dim;
   }

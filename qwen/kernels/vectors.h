@@ -25,13 +25,18 @@ typedef uint16_t vh __attribute__((vector_size(2 * LANES), aligned(2)));
 inline vf load(const float* x) { return *reinterpret_cast<const vf*>(x); }
 inline vi load_ints(const void* x) { return *static_cast<const vi*>(x); }
 inline void store(float* x, vf v) { *reinterpret_cast<vf*>(x) = v; }
-inline vf fill(float x) { return vf{} + x; }
+inline vf fill(float x) { return x - vf{}; }  // adding 0 would cost an addition: -0 + 0 is 0
 inline vi fill_int(int32_t x) { return vi{} + x; }
 inline vf as_floats(vi v) { return __builtin_convertvector(v, vf); }
 inline vf bits_as_floats(vi v) {
   vf f;
   std::memcpy(&f, &v, sizeof f);
   return f;
+}
+inline vi floats_as_bits(vf v) {
+  vi bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits;
 }
 inline vf load_bfloat16(const uint16_t* x) {
   return bits_as_floats(__builtin_convertvector(*reinterpret_cast<const vh*>(x), vi) << 16);
@@ -65,6 +70,13 @@ inline uint16_t to_bfloat16(float x) {
   std::memcpy(&bits, &x, 4);
   if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Likewise, as float32.
+inline vf round_to_bfloat16(vf v) {
+  const vi bits = floats_as_bits(v);
+  const vf rounded = bits_as_floats((bits + 0x7fff + (bits >> 16 & 1)) & int32_t(0xffff0000u));
+  return v == v ? rounded : v;
 }
 
 // exp to about 2 units in the last place, for x from -87 to 88 (Cephes' expf).
