@@ -176,12 +176,16 @@ struct Pass {
     for (int64_t j = LANES; j < whole; j += LANES) top = larger(load(w + j), top);
     const vf largest = fill(largest_of(top));
     vf total = {};
-    for (int64_t j = 0; j < whole; j += LANES) {
-      vf weight = fast_exp(load(w + j) - largest);
-      if (j + LANES > count)
-        for (int lane = int(count - j); lane < LANES; ++lane) weight[lane] = 0;
+    const auto put = [&](int64_t j, vf weight) {
       total += weight;
       store_twos(weight, reinterpret_cast<Half*>(w) + j);
+    };
+    int64_t j = 0;
+    for (; j + LANES <= count; j += LANES) put(j, fast_exp(load(w + j) - largest));
+    if (j < count) {
+      vf weight = fast_exp(load(w + j) - largest);
+      for (int lane = int(count - j); lane < LANES; ++lane) weight[lane] = 0;
+      put(j, weight);
     }
     std::memset(reinterpret_cast<Half*>(w) + whole, 0, (room - whole) * sizeof(Half));
     return 1.0f / sum(total);
