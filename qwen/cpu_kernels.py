@@ -51,6 +51,7 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "group_size": ([], _L),
     "row_block": ([], _L),
     "position_block": ([], _L),
+    "position_room": ([_L], _L),
     "pack": ([_P, _I, _L, _L, _P, _P, _I], None),
     "unpack": ([_P, _P, _L, _L, _P], None),
     "linear": ([_P, _P, _L, _P, _I, _I], None),
@@ -141,6 +142,11 @@ class CpuKernels:
         self.group_size: int = library.group_size()
         self.row_block: int = library.row_block()
         self.position_block: int = library.position_block()
+
+    def position_room(self, dim: int) -> int:
+        """Return the 16-bit numbers that a store holds for a position of a head: these and more."""
+        room: int = self._library.position_room(dim)
+        return room
 
     def pack(self, *weights: Tensor) -> tuple[Tensor, Tensor]:
         """Quantise the weight of a linear layer, or of several as one with the outputs of all.
@@ -238,9 +244,9 @@ class CpuKernels:
 
         Args:
             qkv: (tokens, (heads + 2 * kv_heads) * dim); changed.
-            keys: (kv_heads, capacity, dim), bfloat16, in the kernels' own order within each
-                `position_block`; written from `start` on. The capacity is whole blocks, and dim is
-                even.
+            keys: (kv_heads, capacity, `position_room`), int16, in the kernels' own order within
+                each `position_block`; written from `start` on. The capacity is whole blocks, and
+                dim is even.
             values: As `keys`.
             start: Position of the first new token.
             cos: (tokens, rotary_dim).
@@ -252,7 +258,7 @@ class CpuKernels:
             (tokens, heads * dim).
         """
         tokens, width = qkv.shape
-        kv_heads, _, dim = keys.shape
+        kv_heads, dim = len(keys), keys.shape[2] - self.position_room(0)
         heads = CHeads(width // dim - 2 * kv_heads, kv_heads, dim)
         new = NewTokens(tokens, start, keys, values, cos, sin, logn)
         sequences, threads = self._sequences([new]), torch.get_num_threads()
@@ -291,9 +297,9 @@ class CpuKernels:
 
     def _sequences(self, new: Sequence[NewTokens]) -> ctypes.Array[CSequence]:
         for each in new:
-            _, capacity, dim = each.keys.shape
+            _, capacity, room = each.keys.shape
             assert each.start + each.tokens <= capacity and capacity % self.position_block == 0
-            assert each.keys.dtype is torch.bfloat16 and dim % 2 == 0 and dim <= 1024
+            assert each.keys.dtype is torch.int16 and room % 2 == 0 and room <= 1024
         return (CSequence * len(new))(*map(CSequence.of, new))
 
     def check(self) -> None:

@@ -138,7 +138,9 @@ class Decoder:
             Int8Layers(self._weights, kernels) if kernels and is_int8(self._weights) else None
         )
         self._dtype = torch.float32 if kernels else model.dtype
-        self._store_dtype = torch.bfloat16 if kernels else model.dtype
+        self._store_dtype = torch.int16 if kernels else model.dtype
+        head_dim = self._weights.head_dim
+        self._store_dim = kernels.position_room(head_dim) if kernels else head_dim
         self._config = model.config
         self.device: torch.device = self._weights.embedding.device
         #: Whether a token's numbers are the same, bit for bit, with whatever others it is read.
@@ -182,7 +184,7 @@ class Decoder:
         """Bytes that the keys and values of one position take."""
         weights = self._weights
         heads = 2 * len(weights.layers) * weights.num_kv_heads
-        return heads * weights.head_dim * self._store_dtype.itemsize
+        return heads * self._store_dim * self._store_dtype.itemsize
 
     def alpha(self, prompt_length: int) -> float:
         """Return the alpha of dynamic NTK for a prompt of so many tokens."""
@@ -303,7 +305,7 @@ class Decoder:
         return KvStore(
             num_layers=len(weights.layers),
             num_kv_heads=weights.num_kv_heads,
-            head_dim=weights.head_dim,
+            head_dim=self._store_dim,
             dtype=self._store_dtype,
             device=self.device,
             capacity=capacity,

@@ -22,8 +22,8 @@ class NewTokens:
     Attributes:
         tokens: How many.
         start: Position of the first one.
-        keys: (kv_heads, capacity, dim), bfloat16, in the kernels' own order within each
-            `position_block`; written from `start` on. The capacity is whole blocks, dim is even.
+        keys: (kv_heads, capacity, `CpuKernels.position_room`), int16, in the kernels' own order
+            within each `position_block`; written from `start` on. The capacity is whole blocks.
         values: As `keys`.
         cos: (tokens, rotary_dim).
         sin: As `cos`.

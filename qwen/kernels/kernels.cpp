@@ -55,6 +55,7 @@ struct Layer {
 int64_t group_size() { return GROUP; }
 int64_t row_block() { return ROWS; }
 int64_t position_block() { return BLOCK; }
+int64_t position_room(int64_t dim) { return room(dim); }
 
 // Quantise weights of shape (outputs, inputs); dtype 0 float32, 1 bfloat16, 2 float16. Writes whole
 // blocks of ROWS outputs. A scale is rounded up before it is used, so that nothing is lost by it.
@@ -175,11 +176,6 @@ void rotate_and_store(float* qkv, const Sequence* sequences, int64_t count, int6
     const float* values = states + (heads.queries + heads.keys) * heads.dim;
     for (int64_t h = 0; h < heads.keys; ++h)
       store.put_value(h, store.start + m, values + h * heads.dim, heads.dim);
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t end = sequences[i].start + sequences[i].tokens;
-    for (int64_t h = 0; end % 2 && h < heads.keys; ++h)
-      sequences[i].store(layer, heads).clear_value(h, end, heads.dim);
   }
 }
 

@@ -33,11 +33,6 @@ inline vf bits_as_floats(vi v) {
   std::memcpy(&f, &v, sizeof f);
   return f;
 }
-inline vi floats_as_bits(vf v) {
-  vi bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  return bits;
-}
 inline vf load_bfloat16(const uint16_t* x) {
   return bits_as_floats(__builtin_convertvector(*reinterpret_cast<const vh*>(x), vi) << 16);
 }
@@ -51,9 +46,15 @@ inline float sum(vf v) {
   return lanes[0];
 }
 inline float largest_of(vf v) {
-  float top = v[0];
-  for (int i = 1; i < LANES; ++i) top = std::max(top, v[i]);
-  return top;
+#if HAS_AVX512
+  return _mm512_reduce_max_ps(__m512(v));
+#else
+  float lanes[LANES];
+  store(lanes, v);
+  for (int width = LANES / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = std::max(lanes[i], lanes[i + width]);
+  return lanes[0];
+#endif
 }
 inline vf larger(vf a, vf b) { return a > b ? a : b; }
 
@@ -64,26 +65,10 @@ inline float bfloat16_to_float(uint16_t x) {
   return value;
 }
 
-// To the nearest bfloat16, ties to even; what is no number stays none.
-inline uint16_t to_bfloat16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-// Likewise, as float32.
-inline vf round_to_bfloat16(vf v) {
-  const vi bits = floats_as_bits(v);
-  const vf rounded = bits_as_floats((bits + 0x7fff + (bits >> 16 & 1)) & int32_t(0xffff0000u));
-  return v == v ? rounded : v;
-}
-
-// exp to about 2 units in the last place, for x from -87 to 88 (Cephes' expf).
-inline vf fast_exp(vf x) {
+// exp to about 2 units in the last place, for x up to 88 (Cephes' expf); below -87 as at -87.
+inline vf exp_up_to_88(vf x) {
   const vf magic = fill(12582912.0f);  // adding it rounds to a whole number
   x = x < -87.0f ? fill(-87.0f) : x;
-  x = x > 88.0f ? fill(88.0f) : x;
   const vf n = (x * 1.44269504f + magic) - magic;
   const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -94,6 +79,9 @@ inline vf fast_exp(vf x) {
   p = p * r * r + r + 1.0f;
   return p * bits_as_floats((__builtin_convertvector(n, vi) + 127) << 23);
 }
+
+// Likewise, for any x; above 88 as at 88.
+inline vf fast_exp(vf x) { return exp_up_to_88(x > 88.0f ? fill(88.0f) : x); }
 
 // Whether `add_products` wants weights w as w + 128, without a sign.
 constexpr bool UNSIGNED_WEIGHTS = HAS_AVX512;
@@ -113,5 +101,27 @@ inline vi add_products(vi total, vi weights, vi activations) {
     total += (weights << shift >> 24) * (activations << shift >> 24);
   }
   return total;
+#endif
+}
+
+// total + the two products of the 16-bit numbers in each lane.
+inline vi add_pairs(vi total, vi a, vi b) {
+#if HAS_AVX512
+  return vi(_mm512_dpwssd_epi32(__m512i(total), __m512i(a), __m512i(b)));
+#elif defined(__AVX2__)
+  return total + vi(_mm256_madd_epi16(__m256i(a), __m256i(b)));
+#else
+  return total + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+// Rounds to whole numbers, which must fit into 16 bits.
+inline void store_halves(int16_t* out, vf v) {
+#if HAS_AVX512
+  _mm256_storeu_si256((__m256i*)out, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(__m512(v))));
+#else
+  const vf magic = fill(12582912.0f);
+  v = (v + magic) - magic;
+  for (int lane = 0; lane < LANES; ++lane) out[lane] = int16_t(v[lane]);
 #endif
 }
