@@ -24,6 +24,7 @@ from qwen.errors import (
     EngineFailed,
     EngineRefused,
     EngineUnreachable,
+    PromptTooLong,
     QwenError,
 )
 from qwen.messages import (
@@ -33,7 +34,14 @@ from qwen.messages import (
 )
 from qwen.remote_counting import RemoteCounter
 from qwen.remote_engines import RemoteModel, choose_model
-from qwen.remote_errors import incomplete, no_engine, retry_pause, silent, to_qwen_error
+from qwen.remote_errors import (
+    context_full,
+    incomplete,
+    no_engine,
+    retry_pause,
+    silent,
+    to_qwen_error,
+)
 from qwen.remote_loop import LoopThread
 from qwen.remote_options import RemoteOptions
 from qwen.remote_reply import RemoteReply, build_info
@@ -185,6 +193,8 @@ class OpenAIBackend:
                 return
             except Exception as error:
                 problem = to_qwen_error(error)
+                if began and isinstance(problem, PromptTooLong):
+                    problem = context_full()
                 self._is_stale = isinstance(problem, EngineFailed | BackendNotReady)
                 pause = None if began else self._pause_after(error, problem, attempt)
                 logger.info("The remote engine failed: %s", type(problem).__name__)
@@ -196,7 +206,7 @@ class OpenAIBackend:
         if isinstance(problem, EngineRefused) and isinstance(error, openai.NotFoundError):
             # The engine may have come back with another model; it is asked for its list first.
             return 0.0 if attempt == 1 and not self._options.model else None
-        return retry_pause(error, attempt)
+        return retry_pause(error, problem, attempt)
 
     async def _events(self, path: str, body: dict[str, Any]) -> AsyncGenerator[Chunk, None]:
         """Yield the chunks of one attempt.

@@ -39,6 +39,12 @@ from qwen.remote_options import RemoteOptions
 
 TIMES = RemoteTimes(connect=1.0, first=1.5, silence=1.0, listing=2.0, counting=0.5, loading=5.0)
 HI = ChatRequest(messages=(Message("user", "hi"),))
+#: As llama.cpp and what is built on it answer with HTTP 500.
+OVER_LONG = (
+    "the request exceeds the available context size. try increasing the context size",
+    "Requested tokens (9000) exceed context window of 4096",
+    "input is too large to process. increase the physical batch size",
+)
 
 
 @pytest.fixture
@@ -420,13 +426,38 @@ def test_a_refusal_is_not_tried_again(engine, connect, status):
         {"message": "x", "code": "context_length_exceeded"},
         {"message": "The input (900 tokens) is longer than the model's context length (512)."},
         {"type": "exceed_context_size_error", "n_prompt_tokens": 3030, "n_ctx": 1024},
+        *({"message": message} for message in OVER_LONG),
     ],
 )
-def test_over_long_prompts_are_our_error(engine, connect, error):
-    engine.acts.append(fails(400, {"error": error}))
+@pytest.mark.parametrize("status", [400, 500])
+def test_over_long_prompts_are_our_error_and_not_asked_again(engine, connect, status, error):
+    engine.acts.append(fails(status, {"error": error}))
     _, told = faulty(connect(), PromptTooLong)
     assert "Shorten" in str(told)
     assert "n_ctx" not in error or "3,030 tokens of 1,024" in str(told)
+    assert len(engine.bodies) == 1
+
+
+@pytest.mark.parametrize("message", OVER_LONG)
+def test_a_prompt_that_an_engine_finds_too_long_in_its_stream_is_our_error(
+    engine, connect, message
+):
+    engine.acts.append(says({"error": {"message": message, "code": 500}}))
+    faulty(connect(), PromptTooLong)
+    assert len(engine.bodies) == 1
+
+
+def test_a_context_that_fills_up_in_the_middle_of_a_reply_keeps_its_text(engine, connect):
+    full = {"error": {"message": "Context size has been exceeded.", "code": 500}}
+    engine.acts.append(says(chunk("half"), full))
+    said, told = faulty(connect(), EngineFailed)
+    assert said == "half" and "context is full" in str(told)
+
+
+@pytest.mark.parametrize("message", ["CUDA error: invalid device context", "lost the GL context"])
+def test_a_fault_of_a_gpus_context_is_no_long_prompt(engine, connect, message):
+    engine.acts += [fails(500, {"error": {"message": message}})] * 4
+    faulty(connect(), EngineFailed)
 
 
 def test_another_refusal_says_what_the_engine_said(engine, connect):
