@@ -108,7 +108,7 @@ def incomplete(*, said: bool) -> EngineFailed:
 def context_full() -> EngineFailed:
     """Return the error for a context that was full before the reply ended."""
     return EngineFailed(
-        "The engine's context is full, so the reply ends here. Begin a new conversation, or shorten "
+        "The engine's context is full, so the reply ends here. Begin a new conversation or shorten "
         "the messages; several users may share one context there."
     )
 

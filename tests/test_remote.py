@@ -538,6 +538,20 @@ def test_the_oldest_turns_drop_out_and_the_reply_has_room(engine, connect):
     assert usage.prompt + sent["max_tokens"] <= 4096
 
 
+@pytest.mark.parametrize("is_old", [True, False])
+def test_arguments_of_calls_count_like_text(connect, is_old):
+    backend = connect()
+
+    def usage(arguments: str):
+        call = Message("assistant", "", tool_calls=(ToolCall("c1", "store", arguments),))
+        turn = (Message("user", "go"), call, Message("tool", "ok", tool_call_id="c1"))
+        return backend.count_tokens(ChatRequest(messages=(*turn, *HI.messages * is_old)))
+
+    short, long = usage("{}"), usage('{"text": "' + "word " * 1000 + '"}')
+    grown = (long.history - short.history) if is_old else (long.query - short.query)
+    assert 1000 < grown < 2000
+
+
 def test_a_text_that_can_never_fit_is_refused_without_sending_it(engine, connect):
     with pytest.raises(MessageTooLong):
         take(connect(), ChatRequest(messages=(Message("user", "x" * 100_000),)))
