@@ -6,12 +6,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 from fake_backend import wait_until
 from scripted_engine import USAGE, ScriptedEngine, chunk, fails, hangs, says, trickles
 
 from qwen import remote_errors
+from qwen.backend import ListedModel
 from qwen.errors import (
     BackendNotReady,
     EmptyMessage,
@@ -245,6 +247,39 @@ def test_the_first_model_is_taken_or_the_named_one(engine, connect):
     assert (named.info.name, named.info.context_length) == ("two.gguf", 512)
     take(named)
     assert engine.bodies[0]["model"] == "/srv/models/two.gguf"
+
+
+def test_all_models_of_the_engine_are_listed_once_the_chosen_one_first(engine, connect):
+    engine.models = [{"id": "one"}, {"id": "two", "max_model_len": 512}, {"id": "/srv/one"}]
+    info = connect(model="two").info
+    assert info.models == (ListedModel("two", 512), ListedModel("one", 0))
+    assert "also has one" in " ".join(info.notices)
+
+
+def test_a_request_may_name_another_model_of_the_engine(engine, connect):
+    engine.models = [
+        {"id": "one", "max_model_len": 4096, "owned_by": "vllm"},
+        {"id": "/srv/two", "max_model_len": 512, "owned_by": "llamacpp"},
+    ]
+    backend = connect()
+    request = replace(HI, model="/srv/two")
+    with pytest.raises(EngineRefused):
+        take(backend, request)  # a folder of the engine's machine is no name here
+    request = replace(HI, model="two")
+    assert backend.count_tokens(request).limit == 512
+    assert text(take(backend, request)) == "Hello there"
+    assert engine.bodies[0]["model"] == "/srv/two" and "repeat_penalty" in engine.bodies[0]
+    take(backend)
+    assert engine.bodies[1]["model"] == "one"
+
+
+def test_tokens_are_counted_by_the_model_that_is_asked(engine, connect):
+    engine.models = [{"id": "one", "owned_by": "vllm"}, {"id": "two", "owned_by": "vllm"}]
+    engine.tokens = len
+    backend = connect()
+    for name in ("", "two"):
+        backend.count_tokens(replace(HI, model=name))
+    assert [body["model"] for body in engine.counted] == ["one", "two"]
 
 
 def test_a_model_that_is_not_there_is_refused_with_those_that_are(engine, connect):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from qwen.errors import EngineFailed, QwenError
 from qwen.messages import TokenLogprobs
 from qwen.remote_counting import estimate_tokens
-from qwen.remote_engines import choose_model
+from qwen.remote_engines import choose_models
 from qwen.remote_options import RemoteOptions, add_remote_arguments, read_remote_options
 from qwen.remote_wire import parse_chunk
 
@@ -71,10 +71,12 @@ def test_any_json_is_read_or_refused(data):
 @given(NEARLY, st.text(max_size=3))
 def test_any_model_list_is_read_or_refused(data, wanted):
     try:
-        model = choose_model(data, wanted)
+        models = choose_models(data, wanted)
     except QwenError:
         return
-    assert model.id and model.name and model.context_length >= 0
+    assert all(m.id and m.name and m.context_length >= 0 for m in models)
+    assert not wanted or wanted in (models[0].id, models[0].name)
+    assert len({model.name for model in models}) == len(models)
 
 
 def test_the_older_form_of_log_probabilities_is_read():
