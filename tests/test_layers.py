@@ -164,6 +164,7 @@ ROOMS: dict[str, tuple[float, str]] = {
     "webapp.conversation": (7, ""),
     "webapp.render": (7.2, ""),
     "webapp.export": (7.2, "mdtex2html markdown latex2mathml nh3"),
+    "webapp.visitors": (7.2, ""),
     "webapp.views": (7.5, ""),
     "webapp.controls": (7.5, ""),
     "webapp.reply_stream": (7.5, ""),

@@ -6,7 +6,6 @@ Plain ASGI wrappers. Knows nothing of models.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import time
 from collections import Counter
@@ -19,6 +18,7 @@ from starlette.responses import JSONResponse
 
 from webapp.api_auth import AccessControl
 from webapp.api_errors import ErrorAnswer, too_many
+from webapp.visitors import client_name
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -149,15 +149,8 @@ class RequestGate:
 
 
 def client_of(scope: Scope) -> str:
-    """Return whom a request counts for: an address, or its network where one host has many."""
-    host = (scope.get("client") or ("unknown",))[0]
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return str(host)
-    if isinstance(address, ipaddress.IPv6Address):
-        return str(ipaddress.ip_network((address, 64), strict=False))
-    return str(address)
+    """Return whom a request counts for."""
+    return client_name(str((scope.get("client") or ("unknown",))[0]))
 
 
 class KeyCheck:
