@@ -27,7 +27,7 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen.tool_json": (0, ""),
     "qwen.tool_stream": (0.7, ""),
     "qwen.tool_prompt": (0.7, ""),
-    "qwen.remote_options": (0, ""),
+    "qwen.remote_options": (0.2, ""),
     "qwen.transcript": (0.8, ""),
     "qwen.chat_format": (0.8, ""),
     "qwen.react_stream": (0.8, ""),
