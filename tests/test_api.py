@@ -351,6 +351,14 @@ def test_base_model_completes_text(serve_api):
     assert answer.json()["choices"][0]["text"] == "alpha"
 
 
+def test_a_balancer_may_ask_for_healths_status_alone(serve_api):
+    api = serve_api(FakeBackend(), keys=("k",))
+    answer = api.client.head("/health")
+    assert (answer.status_code, answer.content) == (200, b"")
+    api.activity.stop()
+    assert api.client.head("/health").status_code == 503
+
+
 def test_health_tells_when_replies_can_be_had(serve_api):
     api = serve_api(FakeBackend())
     assert api.client.get("/health").json() == {"status": "ok"}

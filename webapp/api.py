@@ -206,6 +206,7 @@ def _add_models(api: FastAPI, backend: DeferredBackend) -> None:
 
 
 def _add_probes(api: FastAPI, backend: DeferredBackend, activity: Activity) -> None:
+    @api.head(HEALTH_PATH, include_in_schema=False)
     @api.get(HEALTH_PATH, response_model=Health, responses={503: {"model": Health}})
     async def health() -> Response:
         """Tell whether replies can be had: 200 when they can, else 503. Needs no key."""

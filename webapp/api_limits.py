@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 BODY_SECONDS = 60.0
 #: Keys that may be under check or wait for it at once; each takes some 30 ms.
 WAITING_KEYS = 64
+#: Methods that the log names; others are a client's own words.
+KNOWN_METHODS = ("GET", "HEAD", "POST", "OPTIONS")
 #: How the log names a request whose client left before it was answered, as nginx does.
 CLIENT_GONE = 499
 
@@ -274,7 +276,7 @@ class AccessLog:
         finally:
             path = scope["path"] if scope["path"] in self._known_paths else "other"
             self._count(path, status)
-            method = scope["method"] if scope["method"] in ("GET", "POST", "OPTIONS") else "other"
+            method = scope["method"] if scope["method"] in KNOWN_METHODS else "other"
             client = (scope.get("client") or ("unknown",))[0]
             logger.info(
                 "request",
