@@ -117,6 +117,13 @@ def test_wrong_number_of_values_is_refused_and_the_server_goes_on(stranger, data
     assert len(backend.requests) == 1
 
 
+def test_values_of_a_request_that_does_not_fit_are_not_printed(stranger, capfd):
+    answer = json.dumps(stranger(FakeBackend()).queued("send", "my secret diary", None))
+    assert "Load the page again" in answer
+    printed = capfd.readouterr()
+    assert "diary" not in printed.out + printed.err and "Traceback" not in printed.err
+
+
 @pytest.mark.parametrize(
     "saved",
     [
