@@ -39,6 +39,14 @@ class MemoryUse:
 
 
 @dataclass(frozen=True, slots=True)
+class ListedModel:
+    """A model that a request may name, and its context in tokens."""
+
+    name: str
+    context_length: int
+
+
+@dataclass(frozen=True, slots=True)
 class BackendInfo:
     """What a page or an API says about the model behind it.
 
@@ -51,6 +59,7 @@ class BackendInfo:
         default_params: The checkpoint's own generation settings.
         notices: Sentences about choices made while loading that a user should know.
         memory: None if it is not known.
+        other_models: What `ChatRequest.model` may name instead of this one, at a remote engine.
     """
 
     name: str
@@ -61,6 +70,12 @@ class BackendInfo:
     default_params: SamplingParams = field(default_factory=SamplingParams)
     notices: tuple[str, ...] = ()
     memory: MemoryUse | None = None
+    other_models: tuple[ListedModel, ...] = ()
+
+    @property
+    def models(self) -> tuple[ListedModel, ...]:
+        """All models that a request may name, this one first."""
+        return ListedModel(self.name, self.context_length), *self.other_models
 
 
 class ChatBackend(Protocol):

@@ -49,6 +49,21 @@ class LoadOptions:
 
 DEFAULT_OPTIONS = LoadOptions()
 
+#: Flags, as argparse stores them, that mean nothing where the model runs on another server.
+_OF_A_MODEL_HERE = (
+    "cpu_only",
+    "dtype",
+    "num_gpus",
+    "offload_folder",
+    "kv_cache",
+    "ntk_policy",
+    "skip_preflight",
+    "max_running",
+    "max_waiting",
+    "cache_mb",
+    "strict_reproducible",
+)
+
 
 def add_load_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the flags that `read_checkpoint` and `read_load_options` read; returns their group."""
@@ -165,6 +180,14 @@ def read_load_options(parser: argparse.ArgumentParser, given: argparse.Namespace
         ),
         strict_reproducible=given.strict_reproducible,
     )
+
+
+def given_for_a_model_here(
+    parser: argparse.ArgumentParser, given: argparse.Namespace
+) -> tuple[str, ...]:
+    """Return those flags of `add_load_arguments` that a remote engine would not know of."""
+    changed = (n for n in _OF_A_MODEL_HERE if getattr(given, n) != parser.get_default(n))
+    return tuple("--" + name.replace("_", "-") for name in changed)
 
 
 def positive_int(text: str) -> int:

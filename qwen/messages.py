@@ -151,6 +151,7 @@ class ChatRequest:
         tools: What the model may call; a chat's only.
         tool_choice: "auto", "none", "required" (some call) or the name of the tool to call.
         params: Sampling parameters.
+        model: One of `BackendInfo.other_models`; empty is the one that answers by default.
     """
 
     messages: tuple[Message, ...] = ()
@@ -159,6 +160,7 @@ class ChatRequest:
     tools: tuple[Tool, ...] = ()
     tool_choice: str = "auto"
     params: SamplingParams = field(default_factory=SamplingParams)
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)

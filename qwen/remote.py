@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import openai
@@ -24,6 +25,7 @@ from qwen.errors import (
     EngineFailed,
     EngineRefused,
     EngineUnreachable,
+    PromptTooLong,
     QwenError,
 )
 from qwen.messages import (
@@ -31,9 +33,16 @@ from qwen.messages import (
     ContextUsage,
     StreamEvent,
 )
-from qwen.remote_counting import RemoteCounter
-from qwen.remote_engines import RemoteModel, choose_model
-from qwen.remote_errors import incomplete, no_engine, retry_pause, silent, to_qwen_error
+from qwen.remote_counting import Fitted, RemoteCounter
+from qwen.remote_engines import RemoteModel, choose_models
+from qwen.remote_errors import (
+    context_full,
+    incomplete,
+    no_engine,
+    retry_pause,
+    silent,
+    to_qwen_error,
+)
 from qwen.remote_loop import LoopThread
 from qwen.remote_options import RemoteOptions
 from qwen.remote_reply import RemoteReply, build_info
@@ -70,6 +79,14 @@ class RemoteTimes:
 
 
 DEFAULT_TIMES = RemoteTimes()
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """A model of the engine, and what counts its tokens."""
+
+    model: RemoteModel
+    counter: RemoteCounter
 
 
 class OpenAIBackend:
@@ -110,7 +127,7 @@ class OpenAIBackend:
         self._silent_until = 0.0
         self._loop = LoopThread()
         try:
-            self._adopt(self._wait_for(self._fetch_model()))
+            self._adopt(self._wait_for(self._fetch_models()))
         except BaseException:
             self.close()
             raise
@@ -130,7 +147,7 @@ class OpenAIBackend:
         """
         asked = time.monotonic()
         _check_not_empty(request)
-        fitted = self._counter.fit(request, self._info.context_length, self._max_input_tokens)
+        fitted = self._fit(request)
         yield StreamEvent(context=fitted.usage)
         reply = RemoteReply(asked, fitted.usage.prompt)
         chunks = self._loop_iterate(
@@ -147,8 +164,7 @@ class OpenAIBackend:
 
     def count_tokens(self, request: ChatRequest) -> ContextUsage:
         """See `ChatBackend.count_tokens`. The figures are estimates, and marked as such."""
-        length = self._info.context_length
-        return self._counter.fit(request, length, self._max_input_tokens).usage
+        return self._fit(request).usage
 
     def close(self) -> None:
         """See `ChatBackend.close`."""
@@ -157,15 +173,15 @@ class OpenAIBackend:
 
     # Talking to the engine: these run on the loop's thread.
 
-    async def _fetch_model(self) -> RemoteModel:
+    async def _fetch_models(self) -> tuple[RemoteModel, ...]:
         async with asyncio.timeout(self._times.listing):
             try:
                 listing = await self._client.get("/models", cast_to=object, options=self._request)
             except openai.NotFoundError:
                 if not self._options.model:
                     raise
-                return RemoteModel(self._options.model)  # a server without a list
-        return choose_model(listing, self._options.model)
+                return (RemoteModel(self._options.model),)  # a server without a list
+        return choose_models(listing, self._options.model)
 
     async def _chunks(
         self, request: ChatRequest, *, max_tokens: int
@@ -177,14 +193,16 @@ class OpenAIBackend:
             began = False
             try:
                 if self._is_stale:
-                    self._adopt(await self._fetch_model())
-                body = request_body(request, self._model, max_tokens=max_tokens)
+                    self._adopt(await self._fetch_models())
+                body = request_body(request, self._find(request).model, max_tokens=max_tokens)
                 async for chunk in self._events(request_path(request), body):
                     began = began or chunk.says_something
                     yield chunk
                 return
             except Exception as error:
                 problem = to_qwen_error(error)
+                if began and isinstance(problem, PromptTooLong):
+                    problem = context_full()
                 self._is_stale = isinstance(problem, EngineFailed | BackendNotReady)
                 pause = None if began else self._pause_after(error, problem, attempt)
                 logger.info("The remote engine failed: %s", type(problem).__name__)
@@ -196,7 +214,7 @@ class OpenAIBackend:
         if isinstance(problem, EngineRefused) and isinstance(error, openai.NotFoundError):
             # The engine may have come back with another model; it is asked for its list first.
             return 0.0 if attempt == 1 and not self._options.model else None
-        return retry_pause(error, attempt)
+        return retry_pause(error, problem, attempt)
 
     async def _events(self, path: str, body: dict[str, Any]) -> AsyncGenerator[Chunk, None]:
         """Yield the chunks of one attempt.
@@ -242,14 +260,14 @@ class OpenAIBackend:
         except TimeoutError:
             raise silent(self._times.first) from None
 
-    async def _count(self, texts: Sequence[str]) -> list[int | None]:
+    async def _count(self, model: RemoteModel, texts: Sequence[str]) -> list[int | None]:
         """Count texts at the engine's `/tokenize`, as many as there is time for."""
         counts: list[int | None] = [None] * len(texts)
         turn = asyncio.Semaphore(_COUNTED_AT_ONCE)
 
         async def count(place: int, text: str) -> None:
             async with turn:
-                counts[place] = await self._count_one(text)
+                counts[place] = await self._count_one(model, text)
 
         try:
             async with asyncio.timeout(self._times.counting), asyncio.TaskGroup() as tasks:
@@ -259,11 +277,11 @@ class OpenAIBackend:
             self._silent_until = time.monotonic() + _COUNTING_PAUSE
         return counts
 
-    async def _count_one(self, text: str) -> int | None:
-        field_name = self._model.kind.tokenize
+    async def _count_one(self, model: RemoteModel, text: str) -> int | None:
+        field_name = model.kind.tokenize
         body: dict[str, Any] = {field_name: text}
         if field_name == "prompt":
-            body |= {"model": self._model.id, "add_special_tokens": False}
+            body |= {"model": model.id, "add_special_tokens": False}
         answer = await self._client.post(
             f"{self._root}/tokenize", cast_to=object, body=body, options=self._request
         )
@@ -276,21 +294,37 @@ class OpenAIBackend:
 
     # From the threads of callers.
 
-    def _count_there(self, texts: Sequence[str]) -> list[int | None]:
+    def _count_there(self, model: RemoteModel, texts: Sequence[str]) -> list[int | None]:
         if time.monotonic() < self._silent_until or self._is_stale:
             return [None] * len(texts)
         try:
-            return self._loop.call(self._count(texts))
+            return self._loop.call(self._count(model, texts))
         except CancelledError:
             return [None] * len(texts)
 
-    def _adopt(self, model: RemoteModel) -> None:
-        """Take a model of the engine as the one that answers."""
-        self._model: RemoteModel = model
-        self._info = build_info(model)
-        self._counter = RemoteCounter(self._count_there if model.kind.tokenize else None)
+    def _adopt(self, models: Sequence[RemoteModel]) -> None:
+        """Take the engine's models; the first answers what names none."""
+        self._served = {model.name: _Served(model, self._counter(model)) for model in models}
+        self._info = build_info(models)
         self._is_stale = False
         self._silent_until = 0.0
+
+    def _counter(self, model: RemoteModel) -> RemoteCounter:
+        return RemoteCounter(partial(self._count_there, model) if model.kind.tokenize else None)
+
+    def _find(self, request: ChatRequest) -> _Served:
+        served = self._served
+        found = served.get(request.model or next(iter(served)))
+        if found is None:
+            raise EngineRefused(
+                "The engine does not have the model any more that was asked for. Ask for its model "
+                "list again and choose another one."
+            )
+        return found
+
+    def _fit(self, request: ChatRequest) -> Fitted:
+        found = self._find(request)
+        return found.counter.fit(request, found.model.context_length, self._max_input_tokens)
 
     def _wait_for(self, work: Coroutine[Any, Any, T]) -> T:
         try:

@@ -8,6 +8,7 @@ an estimate, and a margin is kept.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from qwen.errors import MessageTooLong
 from qwen.messages import ChatRequest, ContextUsage, Message
+from qwen.tool_prompt import build_tool_value
 
 #: ChatML around a message: <|im_start|>, the role, line breaks, <|im_end|>.
 _FRAME_TOKENS = 5
@@ -106,7 +108,7 @@ class RemoteCounter:
         _check_sizes(request, limit)
         system, turns, query = _parts(request)
         first = _first_by_size(turns, limit) if limit else 0
-        kept = [message.content for turn in turns[first:] for message in turn]
+        kept = [_text(message) for turn in turns[first:] for message in turn]
         counts, is_counted = self.count([*system, *kept, *query])
         margin = _MARGIN if is_counted else _MARGIN + sum(counts) // 10
         costs = iter(counts)
@@ -137,7 +139,7 @@ def _parts(request: ChatRequest) -> tuple[list[str], list[list[Message]], list[s
     """Split a request into system text, earlier turns, and what is asked now."""
     if request.raw_prompt is not None:
         return [], [], [request.raw_prompt + request.reply_prefix]
-    tools = [f"{tool.name} {tool.description} {tool.parameters}" for tool in request.tools]
+    tools = [json.dumps(build_tool_value(tool), ensure_ascii=False) for tool in request.tools]
     messages = list(request.messages)
     system = [m.content for m in messages[:1] if m.role == "system"] + tools
     rest = messages[1:] if messages[:1] and messages[0].role == "system" else messages
@@ -147,15 +149,24 @@ def _parts(request: ChatRequest) -> tuple[list[str], list[list[Message]], list[s
             turns.append([])
         turns[-1].append(message)
     last = turns.pop() if turns else []
-    query = "".join(m.content for m in last) + request.reply_prefix
+    query = "".join(map(_text, last)) + request.reply_prefix
     return system, turns, [query]
+
+
+def _text(message: Message) -> str:
+    """Return what a model reads of a message: its text and its calls, as Qwen2.5 writes them."""
+    calls = (
+        f'\n<tool_call>\n{{"name": "{call.name}", "arguments": {call.arguments}}}\n</tool_call>'
+        for call in message.tool_calls
+    )
+    return message.content + "".join(calls)
 
 
 def _check_sizes(request: ChatRequest, limit: int) -> None:
     if not limit:
         return
     newest = request.raw_prompt if request.raw_prompt is not None else ""
-    texts = [newest, *(m.content for m in request.messages[-1:])]
+    texts = [newest, *(_text(m) for m in request.messages[-1:])]
     texts += [m.content for m in request.messages[:1] if m.role == "system"]
     longest = max(map(len, texts))
     if longest > limit * _MAX_CHARACTERS_PER_TOKEN:
@@ -171,7 +182,7 @@ def _first_by_size(turns: Sequence[Sequence[Message]], limit: int) -> int:
     room = limit * _MAX_CHARACTERS_PER_TOKEN
     first = len(turns)
     for turn in reversed(turns):
-        room -= sum(len(message.content) for message in turn)
+        room -= sum(len(_text(message)) for message in turn)
         if room < 0:
             break
         first -= 1

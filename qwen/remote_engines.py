@@ -6,7 +6,7 @@ Pure functions over JSON. Sources: the documents of vLLM 0.23, SGLang 0.5 and ll
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -72,8 +72,8 @@ def _is_path(model_id: str) -> bool:
     return model_id.startswith(("/", "./", "~")) or "\\" in model_id or model_id.count("/") > 1
 
 
-def choose_model(listing: object, wanted: str) -> RemoteModel:
-    """Read the answer of `GET /models`.
+def choose_models(listing: object, wanted: str) -> tuple[RemoteModel, ...]:
+    """Read the answer of `GET /models`; returns the wanted model, then the others, each name once.
 
     Args:
         listing: The decoded JSON.
@@ -94,13 +94,20 @@ def choose_model(listing: object, wanted: str) -> RemoteModel:
         raise EngineRefused(
             "The engine at --base-url lists no model. Load one there, then try again."
         )
-    if not wanted:
-        return models[0]
-    for model in models:
-        if wanted in (model.id, model.name):
-            return model
-    named = ", ".join(model.name for model in models[:8]) + (" …" if len(models) > 8 else "")
-    raise EngineRefused(f"The engine has no model {wanted}. It has: {named}. Choose with --model.")
+    found = [model for model in models if not wanted or wanted in (model.id, model.name)]
+    if found:
+        by_name: dict[str, RemoteModel] = {}
+        for model in (found[0], *models):
+            by_name.setdefault(model.name, model)
+        return tuple(by_name.values())
+    raise EngineRefused(
+        f"The engine has no model {wanted}. It has: {name_models(models)}. Choose with --model."
+    )
+
+
+def name_models(models: Sequence[RemoteModel]) -> str:
+    """Return the names of models with commas between; of many, the first."""
+    return ", ".join(model.name for model in models[:8]) + (" …" if len(models) > 8 else "")
 
 
 def _read_entry(entry: object) -> RemoteModel | None:

@@ -33,9 +33,11 @@ RETRY_SECONDS = (0.5, 1.0, 2.0)
 #: An engine that asks for a longer pause is not waited for.
 _LONGEST_PAUSE = 20.0
 _RETRIED_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
-#: As vLLM, SGLang, llama.cpp, TGI and OpenAI say it.
+#: As vLLM, SGLang, llama.cpp and what is built on it, TGI and OpenAI say it. The word "context"
+#: alone is not enough: a GPU has one too.
 _TOO_LONG = re.compile(
-    r"context|max_model_len|max_total_tokens|too long|too many tokens|maximum.{0,20}tokens",
+    r"context[ _-]*(size|length|window|limit|overflow|full)|n_ctx|max_model_len|max_total_tokens"
+    r"|too long|too large to process|too many tokens|maximum.{0,20}tokens",
     re.IGNORECASE,
 )
 _QUOTED_CHARACTERS = 300
@@ -103,14 +105,24 @@ def incomplete(*, said: bool) -> EngineFailed:
     )
 
 
-def retry_pause(error: Exception, attempt: int) -> float | None:
+def context_full() -> EngineFailed:
+    """Return the error for a context that was full before the reply ended."""
+    return EngineFailed(
+        "The engine's context is full, so the reply ends here. Begin a new conversation or shorten "
+        "the messages; several users may share one context there."
+    )
+
+
+def retry_pause(error: Exception, problem: QwenError, attempt: int) -> float | None:
     """Return the seconds to wait before another attempt; None when there is none.
 
     Args:
         error: What ended an attempt of which nothing had been streamed.
+        problem: What it means here.
         attempt: Its number, from 1.
     """
-    if attempt > len(RETRY_SECONDS):
+    # Some engines answer 500 to a prompt that is too long; it would be so again.
+    if attempt > len(RETRY_SECONDS) or isinstance(problem, InvalidRequest | EngineRefused):
         return None
     pause = RETRY_SECONDS[attempt - 1]
     if isinstance(error, openai.APIStatusError):

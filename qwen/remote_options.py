@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
+from qwen.load_options import given_for_a_model_here
+
 
 @dataclass(frozen=True, slots=True)
 class RemoteOptions:
@@ -74,6 +76,12 @@ def read_remote_options(
         parser.error(
             "--base-url and --checkpoint-path contradict each other: the model is the remote "
             "engine's. Leave one out; --model chooses among the engine's models"
+        )
+    without_effect = given_for_a_model_here(parser, given)
+    if without_effect:
+        parser.error(
+            f"--base-url: the model runs on another server, so {', '.join(without_effect)} would "
+            "have no effect. Leave that out, and set it at the engine"
         )
     api_key = ""
     if given.api_key_env is not None:

@@ -6,21 +6,28 @@ Plain values; knows neither HTTP nor the client.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from qwen.backend import BackendInfo
+from qwen.backend import BackendInfo, ListedModel
 from qwen.messages import FinishReason, SamplingParams, StreamEvent, Timing, Usage
-from qwen.remote_engines import RemoteModel
+from qwen.remote_engines import RemoteModel, name_models
 from qwen.remote_wire import Chunk
 
 
-def build_info(model: RemoteModel) -> BackendInfo:
-    """Say what a page shows of a remote model. The engine's address is nobody's business there."""
+def build_info(models: Sequence[RemoteModel]) -> BackendInfo:
+    """Say what a page shows of an engine's models, the one that answers first.
+
+    The engine's address is nobody's business there.
+    """
+    model, *others = models
     notices = []
     if model.kind.no_top_k is None:
         notices.append(
             "This engine is not known to take top-k and repetition penalty; they are left to it."
         )
+    if others:
+        notices.append(f"The engine also has {name_models(others)}; --model chooses at start.")
     longest = min(1024, model.context_length // 4) if model.context_length else 1024
     return BackendInfo(
         name=model.name,
@@ -29,6 +36,7 @@ def build_info(model: RemoteModel) -> BackendInfo:
         dtype="",
         default_params=replace(SamplingParams(), max_new_tokens=max(longest, 1)),
         notices=tuple(notices),
+        other_models=tuple(ListedModel(other.name, other.context_length) for other in others),
     )
 
 

@@ -16,6 +16,7 @@ from webapp.page_updates import VIEW, PageUpdates, Updates
 from webapp.render import restore_text
 from webapp.reply_handlers import ReplyHandlers
 from webapp.settings import Settings
+from webapp.visitors import Visitors
 
 REQUEST: Any = SimpleNamespace(headers={})
 
@@ -35,7 +36,8 @@ class ChatPage:
     ) -> None:
         self.backend = backend if isinstance(backend, DeferredBackend) else ready(backend)
         updates = PageUpdates(self.backend)
-        self.reply = ReplyHandlers(self.backend, updates)
+        visitors = Visitors((settings or Settings()).visitors)
+        self.reply = ReplyHandlers(self.backend, updates, visitors)
         self.history = HistoryHandlers(self.backend, updates, settings or Settings())
         defaults = self.history.default_controls()
         self.controls: dict[str, Any] = dict(zip(CONTROLS, defaults, strict=True))

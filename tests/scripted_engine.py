@@ -80,6 +80,7 @@ class ScriptedEngine:
         bodies: JSON of the requests for a reply.
         headers: Headers of every request, their names in lower case.
         models: Entries of the model list.
+        counted: JSON of the requests to count.
         tokens: Answer of `/tokenize`; None is 404.
         gone: Set when a client has left a request that hangs.
     """
@@ -90,6 +91,7 @@ class ScriptedEngine:
         self.headers: list[dict[str, str]] = []
         self.models: Any = [{"id": "scripted", "max_model_len": 4096, "owned_by": "vllm"}]
         self.model_act: Act | None = None
+        self.counted: list[dict[str, Any]] = []
         self.tokens: Callable[[str], int] | None = None
         self.gone = threading.Event()
         self._stopping = threading.Event()
@@ -142,6 +144,7 @@ class Handler(BaseHTTPRequestHandler):
             if self.engine.tokens is None:
                 self.reply(404, {"detail": "Not Found"})
             else:
+                self.engine.counted.append(body)
                 self.reply(200, {"count": self.engine.tokens(body["prompt"])})
             return
         self.engine.bodies.append(body)

@@ -255,7 +255,8 @@ def test_field_without_effect_is_accepted(serve_api, field):
 @pytest.mark.parametrize(
     ("messages", "param"),
     [
-        ([{"role": "king", "content": "x"}], "messages[0]"),
+        ([{"role": "king", "content": "x"}], "messages[0].role"),
+        ([{"content": "x"}], "messages[0].role"),
         ([{"role": "user", "content": 5}], "messages[0].content"),
         ([{"role": "user"}], "messages[0].content"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0].type"),
@@ -351,6 +352,14 @@ def test_base_model_completes_text(serve_api):
     assert answer.json()["choices"][0]["text"] == "alpha"
 
 
+def test_a_balancer_may_ask_for_healths_status_alone(serve_api):
+    api = serve_api(FakeBackend(), keys=("k",))
+    answer = api.client.head("/health")
+    assert (answer.status_code, answer.content) == (200, b"")
+    api.activity.stop()
+    assert api.client.head("/health").status_code == 503
+
+
 def test_health_tells_when_replies_can_be_had(serve_api):
     api = serve_api(FakeBackend())
     assert api.client.get("/health").json() == {"status": "ok"}
@@ -390,3 +399,19 @@ def test_ten_thousand_lines_are_taken_as_they_are(serve_api):
     answer = api.chat(messages=[{"role": "user", "content": text}])
     assert answer.status_code == 200
     assert backend.requests[0].messages[0].content == text
+
+
+def test_wrong_role_is_answered_with_the_right_ones_and_not_said_back(serve_api):
+    answer = serve_api(FakeBackend()).chat(messages=[{"role": "king", "content": "x"}])
+    told = error_of(answer)["message"]
+    assert "'assistant'" in told and "king" not in told
+
+
+@pytest.mark.parametrize("body", ["[" * 100_000, '{"seed": ' + "9" * 5000 + "}"])
+def test_json_that_no_program_reads_is_refused_with_what_to_do(serve_api, body):
+    headers = {"content-type": "application/json"}
+    answer = serve_api(FakeBackend()).client.post(
+        "/v1/chat/completions", content=body, headers=headers
+    )
+    assert answer.status_code == 400
+    assert "plainer JSON" in error_of(answer)["message"]

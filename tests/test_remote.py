@@ -6,12 +6,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 from fake_backend import wait_until
 from scripted_engine import USAGE, ScriptedEngine, chunk, fails, hangs, says, trickles
 
 from qwen import remote_errors
+from qwen.backend import ListedModel
 from qwen.errors import (
     BackendNotReady,
     EmptyMessage,
@@ -39,6 +41,12 @@ from qwen.remote_options import RemoteOptions
 
 TIMES = RemoteTimes(connect=1.0, first=1.5, silence=1.0, listing=2.0, counting=0.5, loading=5.0)
 HI = ChatRequest(messages=(Message("user", "hi"),))
+#: As llama.cpp and what is built on it answer with HTTP 500.
+OVER_LONG = (
+    "the request exceeds the available context size. try increasing the context size",
+    "Requested tokens (9000) exceed context window of 4096",
+    "input is too large to process. increase the physical batch size",
+)
 
 
 @pytest.fixture
@@ -241,6 +249,39 @@ def test_the_first_model_is_taken_or_the_named_one(engine, connect):
     assert engine.bodies[0]["model"] == "/srv/models/two.gguf"
 
 
+def test_all_models_of_the_engine_are_listed_once_the_chosen_one_first(engine, connect):
+    engine.models = [{"id": "one"}, {"id": "two", "max_model_len": 512}, {"id": "/srv/one"}]
+    info = connect(model="two").info
+    assert info.models == (ListedModel("two", 512), ListedModel("one", 0))
+    assert "also has one" in " ".join(info.notices)
+
+
+def test_a_request_may_name_another_model_of_the_engine(engine, connect):
+    engine.models = [
+        {"id": "one", "max_model_len": 4096, "owned_by": "vllm"},
+        {"id": "/srv/two", "max_model_len": 512, "owned_by": "llamacpp"},
+    ]
+    backend = connect()
+    request = replace(HI, model="/srv/two")
+    with pytest.raises(EngineRefused):
+        take(backend, request)  # a folder of the engine's machine is no name here
+    request = replace(HI, model="two")
+    assert backend.count_tokens(request).limit == 512
+    assert text(take(backend, request)) == "Hello there"
+    assert engine.bodies[0]["model"] == "/srv/two" and "repeat_penalty" in engine.bodies[0]
+    take(backend)
+    assert engine.bodies[1]["model"] == "one"
+
+
+def test_tokens_are_counted_by_the_model_that_is_asked(engine, connect):
+    engine.models = [{"id": "one", "owned_by": "vllm"}, {"id": "two", "owned_by": "vllm"}]
+    engine.tokens = len
+    backend = connect()
+    for name in ("", "two"):
+        backend.count_tokens(replace(HI, model=name))
+    assert [body["model"] for body in engine.counted] == ["one", "two"]
+
+
 def test_a_model_that_is_not_there_is_refused_with_those_that_are(engine, connect):
     with pytest.raises(EngineRefused, match="It has: scripted"):
         connect(model="other")
@@ -420,13 +461,38 @@ def test_a_refusal_is_not_tried_again(engine, connect, status):
         {"message": "x", "code": "context_length_exceeded"},
         {"message": "The input (900 tokens) is longer than the model's context length (512)."},
         {"type": "exceed_context_size_error", "n_prompt_tokens": 3030, "n_ctx": 1024},
+        *({"message": message} for message in OVER_LONG),
     ],
 )
-def test_over_long_prompts_are_our_error(engine, connect, error):
-    engine.acts.append(fails(400, {"error": error}))
+@pytest.mark.parametrize("status", [400, 500])
+def test_over_long_prompts_are_our_error_and_not_asked_again(engine, connect, status, error):
+    engine.acts.append(fails(status, {"error": error}))
     _, told = faulty(connect(), PromptTooLong)
     assert "Shorten" in str(told)
     assert "n_ctx" not in error or "3,030 tokens of 1,024" in str(told)
+    assert len(engine.bodies) == 1
+
+
+@pytest.mark.parametrize("message", OVER_LONG)
+def test_a_prompt_that_an_engine_finds_too_long_in_its_stream_is_our_error(
+    engine, connect, message
+):
+    engine.acts.append(says({"error": {"message": message, "code": 500}}))
+    faulty(connect(), PromptTooLong)
+    assert len(engine.bodies) == 1
+
+
+def test_a_context_that_fills_up_in_the_middle_of_a_reply_keeps_its_text(engine, connect):
+    full = {"error": {"message": "Context size has been exceeded.", "code": 500}}
+    engine.acts.append(says(chunk("half"), full))
+    said, told = faulty(connect(), EngineFailed)
+    assert said == "half" and "context is full" in str(told)
+
+
+@pytest.mark.parametrize("message", ["CUDA error: invalid device context", "lost the GL context"])
+def test_a_fault_of_a_gpus_context_is_no_long_prompt(engine, connect, message):
+    engine.acts += [fails(500, {"error": {"message": message}})] * 4
+    faulty(connect(), EngineFailed)
 
 
 def test_another_refusal_says_what_the_engine_said(engine, connect):
@@ -505,6 +571,20 @@ def test_the_oldest_turns_drop_out_and_the_reply_has_room(engine, connect):
     assert [m["role"] for m in sent["messages"][:2]] == ["system", "user"]
     assert len(sent["messages"]) == len(request.messages) - len(usage.dropped)
     assert usage.prompt + sent["max_tokens"] <= 4096
+
+
+@pytest.mark.parametrize("is_old", [True, False])
+def test_arguments_of_calls_count_like_text(connect, is_old):
+    backend = connect()
+
+    def usage(arguments: str):
+        call = Message("assistant", "", tool_calls=(ToolCall("c1", "store", arguments),))
+        turn = (Message("user", "go"), call, Message("tool", "ok", tool_call_id="c1"))
+        return backend.count_tokens(ChatRequest(messages=(*turn, *HI.messages * is_old)))
+
+    short, long = usage("{}"), usage('{"text": "' + "word " * 1000 + '"}')
+    grown = (long.history - short.history) if is_old else (long.query - short.query)
+    assert 1000 < grown < 2000
 
 
 def test_a_text_that_can_never_fit_is_refused_without_sending_it(engine, connect):

@@ -15,6 +15,7 @@ KEY = "sk-private-4711"
 @pytest.fixture
 def engine() -> Iterator[ScriptedEngine]:
     with ScriptedEngine() as scripted:
+        scripted.models.append({"id": "second"})
         yield scripted
 
 
@@ -45,6 +46,32 @@ def test_the_page_shows_the_engines_reply_and_neither_key_nor_address(engine, op
     assert all(headers["authorization"] == f"Bearer {KEY}" for headers in engine.headers)
     assert KEY not in seen + app.output
     assert str(engine.port) not in seen
+
+
+def test_the_api_lists_all_models_of_the_engine_and_answers_with_each(engine, open_page):
+    _, stranger = open_page
+    listed = stranger.client.get("v1/models").json()["data"]
+    assert [(card["id"], card["context_length"]) for card in listed] == [
+        ("scripted", 4096),
+        ("second", 0),
+    ]
+    assert stranger.client.get("v1/models/second").json() == listed[1]
+    body = {"messages": [{"role": "user", "content": "hi"}]}
+    for asked, named, sent in [
+        ("second", "second", "second"),
+        ("scripted", "scripted", "scripted"),
+        ("Qwen", "scripted", "scripted"),
+    ]:
+        answer = stranger.client.post("v1/chat/completions", json=body | {"model": asked}).json()
+        assert answer["choices"][0]["message"]["content"] == "Hello there"
+        assert (answer["model"], engine.bodies[-1]["model"]) == (named, sent)
+    raw = {"model": "second", "prompt": "hi"}
+    engine.acts.append(says({"choices": [{"text": "on", "finish_reason": "stop"}]}))
+    assert stranger.client.post("v1/completions", json=raw).json()["model"] == "second"
+    assert engine.bodies[-1]["model"] == "second"
+    answer = stranger.client.post("v1/chat/completions", json=body | {"model": "third"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+    assert stranger.client.get("v1/models/third").status_code == 404
 
 
 def test_the_page_shows_thoughts_while_there_is_no_text(engine, open_page):

@@ -9,9 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qwen.errors import EngineFailed, QwenError
+from qwen.load_options import add_load_arguments, given_for_a_model_here
 from qwen.messages import TokenLogprobs
 from qwen.remote_counting import estimate_tokens
-from qwen.remote_engines import choose_model
+from qwen.remote_engines import choose_models
 from qwen.remote_options import RemoteOptions, add_remote_arguments, read_remote_options
 from qwen.remote_wire import parse_chunk
 
@@ -71,10 +72,12 @@ def test_any_json_is_read_or_refused(data):
 @given(NEARLY, st.text(max_size=3))
 def test_any_model_list_is_read_or_refused(data, wanted):
     try:
-        model = choose_model(data, wanted)
+        models = choose_models(data, wanted)
     except QwenError:
         return
-    assert model.id and model.name and model.context_length >= 0
+    assert all(m.id and m.name and m.context_length >= 0 for m in models)
+    assert not wanted or wanted in (models[0].id, models[0].name)
+    assert len({model.name for model in models}) == len(models)
 
 
 def test_the_older_form_of_log_probabilities_is_read():
@@ -85,13 +88,45 @@ def test_the_older_form_of_log_probabilities_is_read():
 
 def read(*argv: str, **environ: str) -> RemoteOptions | None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("-c", "--checkpoint-path")
+    add_load_arguments(parser)
     add_remote_arguments(parser)
     return read_remote_options(parser, parser.parse_args(argv), environ)
 
 
 def test_without_the_flag_the_model_is_here():
     assert read() is None
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--cpu-only"],
+        ["--dtype", "float32"],
+        ["--num-gpus", "2"],
+        ["--offload-folder", "x"],
+        ["--kv-cache", "int8"],
+        ["--ntk-policy", "grow"],
+        ["--skip-preflight"],
+        ["--max-running", "4", "--max-waiting", "9"],
+        ["--cache-mb", "100"],
+        ["--strict-reproducible"],
+    ],
+)
+def test_flags_that_an_engine_would_not_know_of_are_refused_by_name(flags, capsys):
+    assert read(*flags) is None
+    with pytest.raises(SystemExit):
+        read("--base-url", "http://h/v1", *flags)
+    told = capsys.readouterr().err.split("error:")[1]
+    assert all(flag in told for flag in flags if flag.startswith("--")) and "no effect" in told
+
+
+def test_every_flag_of_a_model_here_is_refused_or_honoured_before_an_engine():
+    parser = argparse.ArgumentParser(add_help=False)
+    add_load_arguments(parser)
+    known = {action.dest for action in parser._actions}
+    given = argparse.Namespace(**dict.fromkeys(known, "given"))
+    refused = {f[2:].replace("-", "_") for f in given_for_a_model_here(parser, given)}
+    assert known - refused == {"checkpoint_path", "max_input_tokens"}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from fake_backend import FakeBackend, wait_until
 from qwen.backend import DeferredBackend
 from qwen.errors import CheckpointNotFound, MessageTooLong, OutOfMemory
 from qwen.messages import Message
-from webapp.settings import Settings
+from webapp.settings import Settings, VisitorLimit
+from webapp.text import words_for
 
 SYSTEM = Message("system", "You are a helpful assistant.")
 
@@ -121,6 +122,19 @@ def test_without_a_seed_every_reply_draws_its_own():
 
 
 # Refused
+
+
+def test_visitor_with_too_many_replies_keeps_the_text_and_the_conversation():
+    page = ChatPage(backend := FakeBackend("r"), Settings(visitors=VisitorLimit(1)))
+    page.send("a")
+    with page.reply._visitors.reply("unknown", words_for("en")):
+        page.send("my long text")
+        page.regenerate()
+    assert (page.texts, page.box) == (["a", "r"], "my long text")
+    assert "at once (1)" in page.notice
+    assert len(backend.requests) == 1
+    page.send("my long text")
+    assert page.texts[2:] == ["my long text", "r"]
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t \n"])

@@ -3,7 +3,7 @@
 import pytest
 
 from qwen.serving_limits import ServingLimits
-from webapp.settings import Settings, parse_settings
+from webapp.settings import Settings, VisitorLimit, parse_settings
 
 
 def test_without_flags_the_reference_address_and_the_automatic_checkpoint_are_taken():
@@ -43,6 +43,21 @@ def test_studio_listens_on_all_addresses():
 def test_space_leaves_address_to_the_platform():
     settings = parse_settings([], {"SPACE_ID": "a/b"})
     assert (settings.server_name, settings.server_port) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "limit"),
+    [
+        ([], {}, VisitorLimit(4)),
+        (["--max-running", "6"], {}, VisitorLimit(3)),
+        (["--max-running", "1"], {}, VisitorLimit(1)),
+        (["--max-running", "32"], {}, VisitorLimit(4)),
+        (["--max-replies-per-visitor", "9"], {}, VisitorLimit(9, spares_this_machine=False)),
+        ([], {"SPACE_ID": "a/b"}, VisitorLimit(None)),
+    ],
+)
+def test_a_visitors_share_of_the_page_leaves_places_for_others(argv, environ, limit):
+    assert parse_settings(argv, environ).visitors == limit
 
 
 def test_share_without_login_warns_and_with_login_does_not():

@@ -18,7 +18,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
-from qwen.backend import DeferredBackend
+from qwen.backend import DeferredBackend, ListedModel
 from qwen.errors import QwenError
 from webapp.activity import Activity
 from webapp.api_auth import AccessControl
@@ -37,7 +37,7 @@ from webapp.api_limits import (
     error_response,
 )
 from webapp.api_replies import ChatShape, CompletionShape, ReplyHead
-from webapp.api_requests import build_chat_request, build_completion_request, check_model
+from webapp.api_requests import build_chat_request, build_completion_request, find_model
 from webapp.api_schemas import (
     ChatCompletion,
     ChatCompletionRequest,
@@ -156,56 +156,57 @@ def _add_completions(api: FastAPI, backend: DeferredBackend) -> None:
     async def create_chat_completion(body: ChatCompletionRequest) -> Response:
         """Answer a conversation; with `stream`, as server-sent events."""
         info = backend.info
-        check_model(body.model, loaded=info.name)
+        model = find_model(body.model, info).name
         shape = ChatShape(
-            _new_head("chatcmpl", info.name),
+            _new_head("chatcmpl", model),
             has_logprobs=bool(body.logprobs),
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
             legacy_functions=bool(body.functions),
         )
-        request = build_chat_request(body, info.default_params)
+        other = "" if model == info.name else model
+        request = build_chat_request(body, info.default_params, model=other)
         return ReplyResponse(backend, request, shape, streams=bool(body.stream))
 
     @api.post(COMPLETIONS_PATH, response_model=TextCompletion, responses=_WHOLE_OR_STREAM)
     async def create_completion(body: CompletionRequest) -> Response:
         """Continue raw text, without a chat template; with `stream`, as server-sent events."""
         info = backend.info
-        check_model(body.model, loaded=info.name)
+        model = find_model(body.model, info).name
         shape = CompletionShape(
-            _new_head("cmpl", info.name),
+            _new_head("cmpl", model),
             has_logprobs=body.logprobs is not None,
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
         )
-        request = build_completion_request(body, info.default_params)
+        other = "" if model == info.name else model
+        request = build_completion_request(body, info.default_params, model=other)
         return ReplyResponse(backend, request, shape, streams=bool(body.stream))
 
 
 def _add_models(api: FastAPI, backend: DeferredBackend) -> None:
     started = int(time.time())
 
-    def card() -> dict[str, Any]:
-        info = backend.info
+    def card(model: ListedModel) -> dict[str, Any]:
         return {
-            "id": info.name,
+            "id": model.name,
             "object": "model",
             "created": started,
             "owned_by": "qwen",
-            "context_length": info.context_length,
+            "context_length": model.context_length,
         }
 
     @api.get(MODELS_PATH, response_model=ModelList)
     async def list_models() -> Response:
-        """Name the loaded model."""
-        return JSONResponse({"object": "list", "data": [card()]})
+        """Name the models that a request may name; the first one is the default."""
+        return JSONResponse({"object": "list", "data": list(map(card, backend.info.models))})
 
     @api.get(MODELS_PATH + "/{model:path}", response_model=ModelCard)
     async def retrieve_model(model: str) -> Response:
-        """Describe the loaded model, asked for by its name or as "Qwen"."""
-        check_model(model, loaded=backend.info.name)
-        return JSONResponse(card())
+        """Describe a model, asked for by its name; "Qwen" is the default."""
+        return JSONResponse(card(find_model(model, backend.info)))
 
 
 def _add_probes(api: FastAPI, backend: DeferredBackend, activity: Activity) -> None:
+    @api.head(HEALTH_PATH, include_in_schema=False)
     @api.get(HEALTH_PATH, response_model=Health, responses={503: {"model": Health}})
     async def health() -> Response:
         """Tell whether replies can be had: 200 when they can, else 503. Needs no key."""

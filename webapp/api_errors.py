@@ -140,6 +140,9 @@ def describe_http_error(status: int, detail: str) -> ErrorAnswer:
     if status == 405:
         message = f"This path does not take this method. {_SEE}"
         return ErrorAnswer(405, message, "invalid_request_error", code="method_not_allowed")
+    if status == 400:  # JSON that is sound, but no program here reads it
+        message = "The body is nested too deeply or has a number too long. Send plainer JSON."
+        return ErrorAnswer(400, message, "invalid_request_error")
     return ErrorAnswer(status, detail, "invalid_request_error")
 
 
@@ -157,6 +160,10 @@ def describe_invalid_body(errors: Sequence[Mapping[str, Any]], body: Any) -> Err
         text = "The body is not valid JSON. Send one JSON object."
         return ErrorAnswer(400, text, "invalid_request_error")
     param = _param(error, body)
+    if kind in ("union_tag_invalid", "union_tag_not_found"):  # a message of no known role
+        param = f"{param}.{error['ctx']['discriminator'].strip(chr(39))}"
+        message = f"Input should be one of {error['ctx'].get('expected_tags')}"
+        kind = "missing" if kind == "union_tag_not_found" else kind
     if kind == "extra_forbidden":
         text = f"Unrecognized request argument supplied: {param}. Leave it out; {_SEE}"
     elif kind == "missing" and param:

@@ -6,7 +6,6 @@ Plain ASGI wrappers. Knows nothing of models.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import time
 from collections import Counter
@@ -19,6 +18,7 @@ from starlette.responses import JSONResponse
 
 from webapp.api_auth import AccessControl
 from webapp.api_errors import ErrorAnswer, too_many
+from webapp.visitors import client_name
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 BODY_SECONDS = 60.0
 #: Keys that may be under check or wait for it at once; each takes some 30 ms.
 WAITING_KEYS = 64
+#: Methods that the log names; others are a client's own words.
+KNOWN_METHODS = ("GET", "HEAD", "POST", "OPTIONS")
 #: How the log names a request whose client left before it was answered, as nginx does.
 CLIENT_GONE = 499
 
@@ -149,15 +151,8 @@ class RequestGate:
 
 
 def client_of(scope: Scope) -> str:
-    """Return whom a request counts for: an address, or its network where one host has many."""
-    host = (scope.get("client") or ("unknown",))[0]
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return str(host)
-    if isinstance(address, ipaddress.IPv6Address):
-        return str(ipaddress.ip_network((address, 64), strict=False))
-    return str(address)
+    """Return whom a request counts for."""
+    return client_name(str((scope.get("client") or ("unknown",))[0]))
 
 
 class KeyCheck:
@@ -281,7 +276,7 @@ class AccessLog:
         finally:
             path = scope["path"] if scope["path"] in self._known_paths else "other"
             self._count(path, status)
-            method = scope["method"] if scope["method"] in ("GET", "POST", "OPTIONS") else "other"
+            method = scope["method"] if scope["method"] in KNOWN_METHODS else "other"
             client = (scope.get("client") or ("unknown",))[0]
             logger.info(
                 "request",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from qwen.backend import BackendInfo, ListedModel
 from qwen.messages import ChatRequest, Message, SamplingParams, Tool, ToolCall
 from webapp.api_errors import ApiError
 from webapp.api_schemas import (
@@ -30,24 +31,36 @@ from webapp.api_schemas import (
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}}
 
 
-def check_model(name: str, *, loaded: str) -> None:
-    """Raise `ApiError` 404 unless the loaded model is asked for, by its name or as "Qwen"."""
-    if name not in (loaded, MODEL_ALIAS):
-        raise ApiError(
-            f"This server does not have the model that was asked for. Use {loaded!r} or "
-            f"{MODEL_ALIAS!r}.",
-            status=404,
-            param="model",
-            code="model_not_found",
-        )
+def find_model(name: str, info: BackendInfo) -> ListedModel:
+    """Return the model that is asked for: the one that answers, also as "Qwen", or another.
+
+    Raises:
+        ApiError: 404, there is none of this name.
+    """
+    loaded = info.models[0]
+    for model in info.models:
+        if name == model.name:
+            return model
+    if name == MODEL_ALIAS:
+        return loaded
+    raise ApiError(
+        f"This server does not have the model that was asked for. Use {loaded.name!r} or "
+        f"{MODEL_ALIAS!r}; GET /v1/models has the list.",
+        status=404,
+        param="model",
+        code="model_not_found",
+    )
 
 
-def build_chat_request(body: ChatCompletionRequest, defaults: SamplingParams) -> ChatRequest:
+def build_chat_request(
+    body: ChatCompletionRequest, defaults: SamplingParams, *, model: str = ""
+) -> ChatRequest:
     """Build what a backend is asked for.
 
     Args:
         body: The request.
         defaults: Sampling settings where the request has none.
+        model: As `ChatRequest.model`.
 
     Raises:
         ApiError: Fields that contradict each other.
@@ -69,14 +82,18 @@ def build_chat_request(body: ChatCompletionRequest, defaults: SamplingParams) ->
             _params(body, defaults, max_tokens=_max_tokens(body)),
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         ),
+        model=model,
     )
 
 
-def build_completion_request(body: CompletionRequest, defaults: SamplingParams) -> ChatRequest:
+def build_completion_request(
+    body: CompletionRequest, defaults: SamplingParams, *, model: str = ""
+) -> ChatRequest:
     """Build what a backend is asked for: text to continue. Raises as `build_chat_request`."""
     prompt = body.prompt if isinstance(body.prompt, str) else body.prompt[0]
     params = _params(body, defaults, max_tokens=body.max_tokens)
-    return ChatRequest(raw_prompt=prompt, params=replace(params, top_logprobs=body.logprobs))
+    params = replace(params, top_logprobs=body.logprobs)
+    return ChatRequest(raw_prompt=prompt, params=params, model=model)
 
 
 def _max_tokens(body: ChatCompletionRequest) -> int | None:

@@ -315,7 +315,7 @@ class TextCompletion(ReplyFrame):
 
 
 class ModelCard(Reply):
-    """The loaded model; `context_length` in tokens of prompt and reply together."""
+    """A model; `context_length` in tokens of prompt and reply together, 0 where it is not known."""
 
     id: str
     object: Literal["model"]
@@ -325,7 +325,7 @@ class ModelCard(Reply):
 
 
 class ModelList(Reply):
-    """The loaded model, as a list of one."""
+    """The loaded model, or all of a remote engine's."""
 
     object: Literal["list"]
     data: list[ModelCard]

@@ -13,8 +13,9 @@ from qwen.errors import QwenError
 from qwen.messages import ChatRequest
 from webapp.controls import sampling_params
 from webapp.reply_stream import reply_note, stream_snapshots
-from webapp.session import PageSession, restored_session
+from webapp.session import PageSession, host_of, restored_session
 from webapp.views import note_text, notice_html
+from webapp.visitors import Visitors
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,9 @@ COMPLETION_VIEW = ("session", "text", "completion_note", "complete", "stop_compl
 class CompletionHandlers:
     """The events of the completion page, over one shared backend."""
 
-    def __init__(self, backend: ChatBackend) -> None:
+    def __init__(self, backend: ChatBackend, visitors: Visitors) -> None:
         self._backend = backend
+        self._visitors = visitors
 
     def complete(
         self, request: gr.Request, text: str, session: PageSession | None, *controls: Any
@@ -35,7 +37,7 @@ class CompletionHandlers:
         session = session or restored_session(request, None)[0]
         grown, note = text, ""
         try:
-            with session.reply() as cancel:
+            with session.reply() as cancel, self._visitors.reply(host_of(request), session.words):
                 params = sampling_params(controls)
                 asked = ChatRequest(raw_prompt=text, params=params)
                 for snapshot in stream_snapshots(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from starlette.responses import JSONResponse
+
 from webapp.api import belongs_to_api
 from webapp.api_limits import BodyLimit
 
@@ -30,6 +32,9 @@ CONTENT_SECURITY_POLICY = "; ".join(
     )
 )
 
+#: The ends of Gradio's addresses that write to the disk.
+WRITING_ADDRESSES = ("upload", "deep_link")
+
 
 def build_front(
     page: ASGIApp, api: ASGIApp | None, *, frame_ancestors: str | None, max_request_bytes: int
@@ -42,7 +47,7 @@ def build_front(
         frame_ancestors: See `webapp.settings.Settings`.
         max_request_bytes: The largest body; the API has the same limit of its own.
     """
-    limited = BodyLimit(SameOrigin(page), max_bytes=max_request_bytes)
+    limited = BodyLimit(NoFilesLeft(SameOrigin(page)), max_bytes=max_request_bytes)
     app = limited if api is None else ApiBeside(limited, api)
     return SecurityHeaders(app, frame_ancestors=frame_ancestors)
 
@@ -58,6 +63,26 @@ class ApiBeside:
         """Pass a request to whom it belongs."""
         is_api = scope["type"] == "http" and belongs_to_api(scope["path"])
         await (self._api if is_api else self._page)(scope, receive, send)
+
+
+class NoFilesLeft:
+    """Refuses what would write a visitor's file, or the state of their page, to the disk.
+
+    Gradio offers both to everybody, used or not; its limit on a file's size lets empty files pass,
+    any number of them.
+    """
+
+    def __init__(self, page: ASGIApp) -> None:
+        self._page = page
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on unless it asks for one of these."""
+        is_http = scope["type"] == "http"
+        if is_http and scope["path"].rstrip("/").rsplit("/", 1)[-1] in WRITING_ADDRESSES:
+            answer = JSONResponse({"detail": "Nothing can be stored on this server."}, 403)
+            await answer(scope, receive, send)
+            return
+        await self._page(scope, receive, send)
 
 
 class SameOrigin:

@@ -23,8 +23,9 @@ from webapp.conversation import Conversation
 from webapp.page_updates import PageUpdates, Updates
 from webapp.render import restore_text
 from webapp.reply_stream import HEARTBEAT_SECONDS, Growth, Snapshot, stream_snapshots
-from webapp.session import PageBusy, PageSession, restored_session
+from webapp.session import PageBusy, PageSession, host_of, restored_session
 from webapp.views import loading_text, queue_text
+from webapp.visitors import VisitorBusy, Visitors
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +36,10 @@ SAVE_SECONDS = 2.0
 class ReplyHandlers:
     """Replies of the one shared backend to one page at a time."""
 
-    def __init__(self, backend: DeferredBackend, page: PageUpdates) -> None:
+    def __init__(self, backend: DeferredBackend, page: PageUpdates, visitors: Visitors) -> None:
         self._backend = backend
         self._page = page
+        self._visitors = visitors
 
     def send(
         self,
@@ -51,7 +53,7 @@ class ReplyHandlers:
         session = session or restored_session(request, saved)[0]
         text = text if isinstance(text, str) else ""
         yield from self._reply(
-            session, controls, lambda chat: chat.ask(text), typed=text, from_box=True
+            request, session, controls, lambda chat: chat.ask(text), typed=text, from_box=True
         )
 
     def send_example(
@@ -65,7 +67,7 @@ class ReplyHandlers:
         """Send the example prompt that was clicked."""
         session = session or restored_session(request, saved)[0]
         text = str(event.value["text"])
-        yield from self._reply(session, controls, lambda chat: chat.ask(text), typed=text)
+        yield from self._reply(request, session, controls, lambda chat: chat.ask(text), typed=text)
 
     def edit(
         self,
@@ -84,7 +86,9 @@ class ReplyHandlers:
             yield self._page.refused(session, session.words("stale_edit"), box=text)
             return
         node_id = shown[index].id
-        yield from self._reply(session, controls, lambda chat: chat.edit(node_id, text), typed=text)
+        yield from self._reply(
+            request, session, controls, lambda chat: chat.edit(node_id, text), typed=text
+        )
 
     def regenerate(
         self, request: gr.Request, saved: object, session: PageSession | None, *controls: Any
@@ -95,7 +99,7 @@ class ReplyHandlers:
         if asked is None:
             yield self._page.refused(session, session.words("nothing_to_regenerate"))
             return
-        yield from self._reply(session, controls, lambda chat: replace(chat, leaf=asked))
+        yield from self._reply(request, session, controls, lambda chat: replace(chat, leaf=asked))
 
     def continue_reply(
         self, request: gr.Request, saved: object, session: PageSession | None, *controls: Any
@@ -105,10 +109,11 @@ class ReplyHandlers:
         if not session.can_continue:
             yield self._page.refused(session, session.words("nothing_to_continue"))
             return
-        yield from self._reply(session, controls, lambda chat: chat)
+        yield from self._reply(request, session, controls, lambda chat: chat)
 
     def _reply(
         self,
+        request: gr.Request,
         session: PageSession,
         controls: Controls,
         change: Callable[[Conversation], Conversation],
@@ -119,6 +124,7 @@ class ReplyHandlers:
         """Change the conversation and stream what the model says to it.
 
         Args:
+            request: Whose it is.
             session: The page.
             controls: Values of `CONTROLS`.
             change: Leads to a path that ends with the question, or with the reply to continue.
@@ -131,7 +137,7 @@ class ReplyHandlers:
         before = session.conversation
         accepted = False
         try:
-            with session.reply() as cancel:
+            with session.reply() as cancel, self._visitors.reply(host_of(request), session.words):
                 base = session.conversation = change(before)
                 yield self._page.whole(session, controls, box="" if from_box else None)
                 yield from self._until_loaded(session, controls, cancel)
@@ -141,7 +147,7 @@ class ReplyHandlers:
                 snapshots = stream_snapshots(lambda: self._backend.stream(asked, cancel), cancel)
                 yield from self._grow(session, controls, Growth(base), snapshots)
             yield self._page.whole(session, controls)
-        except PageBusy as error:
+        except (PageBusy, VisitorBusy) as error:
             yield self._page.refused(session, str(error), box=typed)
         except Exception as error:
             message = self._message_for(session, error)

@@ -251,13 +251,14 @@ def _build(settings: Settings, backend: DeferredBackend) -> Any:
     from webapp.page_updates import PageUpdates
     from webapp.reply_handlers import ReplyHandlers
     from webapp.ui import Handlers, build_page
+    from webapp.visitors import Visitors
 
-    page = PageUpdates(backend)
+    page, visitors = PageUpdates(backend), Visitors(settings.visitors)
     history = HistoryHandlers(backend, page, settings)
     handlers = Handlers(
-        reply=ReplyHandlers(backend, page),
+        reply=ReplyHandlers(backend, page, visitors),
         history=history,
-        completion=CompletionHandlers(backend),
+        completion=CompletionHandlers(backend, visitors),
         loading=LoadingHandlers(backend, history),
     )
     return build_page(handlers).queue(api_open=False)

@@ -87,6 +87,12 @@ class PageSession:
         return note is None or note.finish_reason in ("length", "cancelled")
 
 
+def host_of(request: gr.Request) -> str:
+    """Return the address that a page's event came from."""
+    client = getattr(request, "client", None)
+    return "unknown" if client is None else str(client.host)
+
+
 def restored_session(request: gr.Request, saved: object) -> tuple[PageSession, str]:
     """Make a page's session from what its browser stored, in the browser's language.
 

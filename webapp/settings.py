@@ -78,6 +78,20 @@ class ApiOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class VisitorLimit:
+    """How many replies of the page one visitor may have under way.
+
+    Attributes:
+        max_replies: Of one address; None is no limit.
+        spares_this_machine: Do not limit whoever sits at this machine, or a proxy on it that does
+            not tell for whom it asks.
+    """
+
+    max_replies: int | None = 4
+    spares_this_machine: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """What the server was asked for.
 
@@ -90,6 +104,7 @@ class Settings:
         auth: User name and password that the page asks for.
         system_prompt: The system prompt that a new visitor starts with.
         api: The API beside the page, or instead of it.
+        visitors: How much of the page one visitor may take.
         frame_ancestors: Sites that may show the page in a frame; None leaves it to browsers,
             which let everybody.
         max_request_bytes: The largest body of a request, to the page or to the API.
@@ -108,6 +123,7 @@ class Settings:
     auth: tuple[str, str] | None = field(default=None, repr=False)
     system_prompt: str = "You are a helpful assistant."
     api: ApiOptions = ApiOptions()
+    visitors: VisitorLimit = VisitorLimit()
     frame_ancestors: str | None = DEFAULT_FRAME_ANCESTORS
     max_request_bytes: int = DEFAULT_REQUEST_MB * 2**20
     stop_seconds: float = DEFAULT_STOP_SECONDS
@@ -144,6 +160,7 @@ def parse_settings(argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
         auth=auth,
         system_prompt=given.system_prompt,
         api=api,
+        visitors=_visitor_limit(given, environ),
         frame_ancestors=_frame_ancestors(parser, given.frame_ancestors, environ),
         max_request_bytes=given.max_request_mb * 2**20,
         stop_seconds=given.stop_seconds,
@@ -196,6 +213,13 @@ def _add_limits(server: argparse._ArgumentGroup) -> None:
         metavar="SOURCES",
         help="sites that may show the page in a frame, as in a Content-Security-Policy "
         "(default: 'self'; any on Spaces and Studio)",
+    )
+    server.add_argument(
+        "--max-replies-per-visitor",
+        type=positive_int,
+        metavar="N",
+        help="replies of the page at once for one address (default: 4, or half of --max-running "
+        "if that is less; no limit for this machine itself, nor on Spaces and Studio)",
     )
     server.add_argument(
         "--max-request-mb",
@@ -277,14 +301,26 @@ def _frame_ancestors(
     parser: argparse.ArgumentParser, given: str | None, environ: Mapping[str, str]
 ) -> str | None:
     if given is None:
-        on_platform = "SPACE_ID" in environ or environ.get("MODELSCOPE_ENVIRONMENT") == "studio"
-        return None if on_platform else DEFAULT_FRAME_ANCESTORS
+        return None if _is_on_platform(environ) else DEFAULT_FRAME_ANCESTORS
     if not re.fullmatch(r"[!-+\--:<-~]+( [!-+\--:<-~]+)*", given):
         parser.error(
             "--frame-ancestors must be sources with a space between, without ; and , for example "
             "\"'self' https://example.org\""
         )
     return given
+
+
+def _visitor_limit(given: argparse.Namespace, environ: Mapping[str, str]) -> VisitorLimit:
+    if given.max_replies_per_visitor is not None:
+        return VisitorLimit(given.max_replies_per_visitor, spares_this_machine=False)
+    if _is_on_platform(environ):  # whose proxies ask for everybody
+        return VisitorLimit(None)
+    most = VisitorLimit().max_replies or 1
+    return VisitorLimit(max(min(most, (given.max_running or 2 * most) // 2), 1))
+
+
+def _is_on_platform(environ: Mapping[str, str]) -> bool:
+    return "SPACE_ID" in environ or environ.get("MODELSCOPE_ENVIRONMENT") == "studio"
 
 
 def _origin(text: str) -> str:

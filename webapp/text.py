@@ -118,6 +118,13 @@ _TABLE: dict[str, tuple[str, str, str]] = {
         "排队第 {position} 位,约 {seconds} 秒……",
         "順番待ち {position} 番目、約 {seconds} 秒…",
     ),
+    "visitor_busy": (
+        "As many replies as one visitor may have at once ({count}) are being written for your "
+        "address. Stop one or wait for its end, then send again.",
+        "您的地址已有 {count} 条回复正在生成。请先停止其中一条或等待其结束,再发送。",
+        "あなたのアドレスへの返信がすでに {count} 件作成中です。どれかを停止するか、"
+        "終わるのを待ってから送信してください。",
+    ),
     "busy": (
         "A reply is still being written here. Stop it or wait for its end, then send again.",
         "这里还有回复正在生成。请先停止或等待其结束,再发送。",

@@ -91,6 +91,21 @@ def build_page(handlers: Handlers) -> gr.Blocks:
         _wire_history(c, handlers.history)
         _wire_completion(c, handlers.completion)
         _wire_page(demo, c, handlers)
+    return _silent(demo)
+
+
+def _silent(demo: gr.Blocks) -> gr.Blocks:
+    """Keep what was sent off the log where there are too few values: Gradio would print them."""
+    check = demo.validate_inputs
+
+    def validate(*given: Any) -> None:
+        try:
+            check(*given)
+        except ValueError:
+            text = "The page and the server do not fit together. Load the page again."
+            raise gr.Error(text, print_exception=False) from None
+
+    demo.validate_inputs = validate  # type: ignore[assignment, method-assign]
     return demo
 
 
