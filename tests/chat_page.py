@@ -15,6 +15,7 @@ from webapp.history_handlers import HistoryHandlers
 from webapp.page_updates import VIEW, PageUpdates, Updates
 from webapp.render import restore_text
 from webapp.reply_handlers import ReplyHandlers
+from webapp.reply_stream import Pace
 from webapp.settings import Settings
 
 REQUEST: Any = SimpleNamespace(headers={})
@@ -35,7 +36,7 @@ class ChatPage:
     ) -> None:
         self.backend = backend if isinstance(backend, DeferredBackend) else ready(backend)
         updates = PageUpdates(self.backend)
-        self.reply = ReplyHandlers(self.backend, updates)
+        self.reply = ReplyHandlers(self.backend, updates, Pace())
         self.history = HistoryHandlers(self.backend, updates, settings or Settings())
         defaults = self.history.default_controls()
         self.controls: dict[str, Any] = dict(zip(CONTROLS, defaults, strict=True))

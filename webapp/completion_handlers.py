@@ -12,7 +12,7 @@ from qwen.backend import ChatBackend
 from qwen.errors import QwenError
 from qwen.messages import ChatRequest
 from webapp.controls import sampling_params
-from webapp.reply_stream import reply_note, stream_snapshots
+from webapp.reply_stream import Pace, reply_note, stream_snapshots
 from webapp.session import PageSession, restored_session
 from webapp.views import note_text, notice_html
 
@@ -25,8 +25,9 @@ COMPLETION_VIEW = ("session", "text", "completion_note", "complete", "stop_compl
 class CompletionHandlers:
     """The events of the completion page, over one shared backend."""
 
-    def __init__(self, backend: ChatBackend) -> None:
+    def __init__(self, backend: ChatBackend, pace: Pace) -> None:
         self._backend = backend
+        self._pace = pace
 
     def complete(
         self, request: gr.Request, text: str, session: PageSession | None, *controls: Any
@@ -39,7 +40,7 @@ class CompletionHandlers:
                 params = sampling_params(controls)
                 asked = ChatRequest(raw_prompt=text, params=params)
                 for snapshot in stream_snapshots(
-                    lambda: self._backend.stream(asked, cancel), cancel
+                    lambda: self._backend.stream(asked, cancel), cancel, self._pace
                 ):
                     grown = text + snapshot.text
                     yield self._view(session, grown, "", busy=True)

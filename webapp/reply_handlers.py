@@ -22,7 +22,7 @@ from webapp.controls import Controls, sampling_params, system_messages
 from webapp.conversation import Conversation
 from webapp.page_updates import PageUpdates, Updates
 from webapp.render import restore_text
-from webapp.reply_stream import HEARTBEAT_SECONDS, Growth, Snapshot, stream_snapshots
+from webapp.reply_stream import HEARTBEAT_SECONDS, Growth, Pace, Snapshot, stream_snapshots
 from webapp.session import PageBusy, PageSession, restored_session
 from webapp.views import loading_text, queue_text
 
@@ -35,9 +35,10 @@ SAVE_SECONDS = 2.0
 class ReplyHandlers:
     """Replies of the one shared backend to one page at a time."""
 
-    def __init__(self, backend: DeferredBackend, page: PageUpdates) -> None:
+    def __init__(self, backend: DeferredBackend, page: PageUpdates, pace: Pace) -> None:
         self._backend = backend
         self._page = page
+        self._pace = pace
 
     def send(
         self,
@@ -138,7 +139,9 @@ class ReplyHandlers:
                 asked = self._request(base, controls)
                 self._backend.count_tokens(asked)
                 accepted = True
-                snapshots = stream_snapshots(lambda: self._backend.stream(asked, cancel), cancel)
+                snapshots = stream_snapshots(
+                    lambda: self._backend.stream(asked, cancel), cancel, self._pace
+                )
                 yield from self._grow(session, controls, Growth(base), snapshots)
             yield self._page.whole(session, controls)
         except PageBusy as error:
@@ -171,7 +174,7 @@ class ReplyHandlers:
                 raise BackendNotReady(session.words("stopped_while_loading"))
             session.notice = loading_text(self._backend.status, session.words)
             yield self._page.whole(session, controls, save=False)
-            time.sleep(HEARTBEAT_SECONDS)
+            cancel.wait(HEARTBEAT_SECONDS)
         session.notice = session.words("waiting")
 
     def _request(self, base: Conversation, controls: Controls) -> ChatRequest:

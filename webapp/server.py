@@ -250,14 +250,15 @@ def _build(settings: Settings, backend: DeferredBackend) -> Any:
     from webapp.loading_handlers import LoadingHandlers
     from webapp.page_updates import PageUpdates
     from webapp.reply_handlers import ReplyHandlers
+    from webapp.reply_stream import Pace
     from webapp.ui import Handlers, build_page
 
-    page = PageUpdates(backend)
+    page, pace = PageUpdates(backend), Pace()
     history = HistoryHandlers(backend, page, settings)
     handlers = Handlers(
-        reply=ReplyHandlers(backend, page),
+        reply=ReplyHandlers(backend, page, pace),
         history=history,
-        completion=CompletionHandlers(backend),
+        completion=CompletionHandlers(backend, pace),
         loading=LoadingHandlers(backend, history),
     )
     return build_page(handlers).queue(api_open=False)
