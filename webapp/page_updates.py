@@ -136,6 +136,7 @@ class PageUpdates:
             window=session.window,
             notice=session.notice,
             growing=growing,
+            bubbles=session.bubbles,
         )
 
     def context(self, session: PageSession, controls: Controls, draft: str) -> str:

@@ -14,7 +14,7 @@ import gradio as gr
 from qwen.errors import InvalidConversation, InvalidRequest
 from webapp.conversation import Conversation, parse_conversation
 from webapp.text import Words, words_for
-from webapp.views import WINDOW
+from webapp.views import WINDOW, Bubbles
 
 
 class PageBusy(InvalidRequest):
@@ -30,6 +30,7 @@ class PageSession:
         window: How many messages are displayed.
         notice: The sentence under the last message, such as an error; not part of the history.
         words: The language of this page.
+        bubbles: What has been rendered for it.
     """
 
     def __init__(self, words: Words) -> None:
@@ -38,6 +39,7 @@ class PageSession:
         self.window = WINDOW
         self.notice = ""
         self.words = words
+        self.bubbles = Bubbles(words)
         self._lock = threading.Lock()
         self._cancel: threading.Event | None = None
 
