@@ -169,6 +169,11 @@ def notice_html(notice: str) -> str:
     return _strip("failed", escape(notice), "alert") if notice else ""
 
 
+def ended_html(seconds: float) -> str:
+    """Return a mark that nobody sees: `page.js` tells the other tabs when it changes."""
+    return f'<i data-ended="{seconds}"></i>'
+
+
 def _strip(kind: str, inner: str, role: str) -> str:
     return f'<div class="strip {kind}" role="{role}">{inner}</div>'
 
