@@ -12,9 +12,10 @@ from fake_backend import FakeBackend, ready
 from qwen.backend import DeferredBackend
 from webapp.controls import CONTROLS
 from webapp.history_handlers import HistoryHandlers
-from webapp.page_updates import VIEW, PageUpdates, Updates
+from webapp.page_updates import FRAME_VIEW, REPLY_VIEW, VIEW, PageUpdates, Updates
 from webapp.render import restore_text
 from webapp.reply_handlers import ReplyHandlers
+from webapp.reply_stream import Pace
 from webapp.settings import Settings
 from webapp.visitors import Visitors
 
@@ -37,25 +38,32 @@ class ChatPage:
         self.backend = backend if isinstance(backend, DeferredBackend) else ready(backend)
         updates = PageUpdates(self.backend)
         visitors = Visitors((settings or Settings()).visitors)
-        self.reply = ReplyHandlers(self.backend, updates, visitors)
+        self.reply = ReplyHandlers(self.backend, updates, visitors, Pace())
         self.history = HistoryHandlers(self.backend, updates, settings or Settings())
         defaults = self.history.default_controls()
         self.controls: dict[str, Any] = dict(zip(CONTROLS, defaults, strict=True))
         self.session: Any = None
-        self.shown: dict[str, dict[str, Any]] = {name: {} for name in VIEW}
+        self.shown: dict[str, dict[str, Any]] = {name: {} for name in (*VIEW, "turn")}
         self.box = ""
 
-    def take(self, updates: Updates) -> None:
+    def take(self, updates: Updates, view: Iterable[str] = VIEW) -> None:
         """Apply one round of updates, as Gradio's frontend does."""
-        for name, update in zip(VIEW, updates, strict=True):
+        for name, update in zip(view, updates, strict=True):
             is_update = isinstance(update, dict) and update.get("__type__") == "update"
             self.shown[name] |= update if is_update else {"value": update}
         self.session = self.shown["session"].get("value", self.session)
 
+    def take_reply(self, updates: Updates) -> None:
+        """Apply one round of a reply; a new turn triggers the event that follows, as it does."""
+        before = self.shown["turn"].get("value")
+        self.take(updates, REPLY_VIEW)
+        if self.shown["turn"].get("value") != before:
+            self.take(self.reply.follow(self.session, *self._values), FRAME_VIEW)
+
     def rounds(self, updates: Iterable[Updates]) -> Iterator[None]:
-        """Apply the updates of an event; what the page shows can be looked at in between."""
+        """Apply the updates of a reply; what the page shows can be looked at in between."""
         for update in updates:
-            self.take(update)
+            self.take_reply(update)
             yield
 
     def run(self, updates: Iterable[Updates]) -> None:
@@ -124,7 +132,8 @@ class ChatPage:
 
     @property
     def notice(self) -> str:
-        return html.unescape(self.shown["notice"].get("value", ""))
+        _, _, notice = self.shown["notice"].get("value", "").partition("</i>")
+        return html.unescape(notice)
 
     def visible(self, name: str) -> bool:
         return bool(self.shown[name]["visible"])

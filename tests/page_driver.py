@@ -72,6 +72,11 @@ class PageDriver:
         return self.page.get_by_role("alert")
 
     @property
+    def end_mark(self) -> Locator:
+        """What nobody sees: it changes when a reply has ended and is stored."""
+        return self.page.locator("#notice [data-ended]")
+
+    @property
     def other_tab_notice(self) -> Locator:
         return self.page.locator("#other-tab")
 
@@ -90,11 +95,12 @@ class PageDriver:
         self.box.press("Enter")
 
     def ask(self, text: str) -> str:
-        """Send a message, wait for the end of the reply and return its last line of words."""
-        before = self.replies.count()
+        """Send a message, wait until the reply is stored and return its last line of words."""
+        before, ended = self.replies.count(), self.end_mark.get_attribute("data-ended")
         self.send(text)
         expect(self.replies).to_have_count(before + 1, timeout=PATIENCE)
         self.wait_for_end()
+        expect(self.end_mark).not_to_have_attribute("data-ended", str(ended), timeout=PATIENCE)
         return self.replies.last.inner_text()
 
     def wait_for_end(self) -> None:

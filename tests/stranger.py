@@ -12,7 +12,7 @@ import httpx
 
 from qwen.messages import SamplingParams
 from webapp.controls import CONTROLS, control_values
-from webapp.page_updates import VIEW
+from webapp.page_updates import FRAME_VIEW, VIEW
 
 SECONDS = 120.0
 
@@ -43,6 +43,12 @@ class Stranger:
         answer = self.instant("open_page", saved)
         assert answer.status_code == 200, answer.text
         return dict(zip(VIEW, answer.json()["data"], strict=False))
+
+    def follow(self, **change: Any) -> dict[str, Any]:
+        """Ask what a reply has changed around the chat, as a page does; return it by name."""
+        answer = self.instant("follow", None, *controls(**change))
+        assert answer.status_code == 200, answer.text
+        return dict(zip(FRAME_VIEW, answer.json()["data"], strict=True))
 
     def join(self, name: str, *data: Any, event_data: Any = None) -> None:
         """Trigger a queued event."""

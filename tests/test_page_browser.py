@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from fake_backend import FakeBackend, ready, wait_until
+from gradio.context import Context
 from page_driver import PATIENCE, PageDriver
 from playwright.sync_api import Browser, BrowserContext, expect
 
@@ -159,6 +160,30 @@ def test_stop_pressed_at_once_ends_the_reply(chat):
     wait_until(lambda: backend.active == 0)
     backend.reply, backend.pause = "still here", 0
     assert "still here" in tab.ask("next")
+
+
+def test_stop_is_there_and_the_box_empty_while_the_model_is_silent(chat):
+    tab = chat(backend := FakeBackend("alpha"))
+    backend.gate.clear()
+    tab.box.fill("hello")
+    tab.send_button.dblclick()
+    expect(tab.stop_button).to_be_visible(timeout=PATIENCE)
+    expect(tab.send_button).to_be_hidden()
+    expect(tab.box).to_have_value("")
+    backend.gate.set()
+    tab.wait_for_end()
+    expect(tab.stop_button).to_be_hidden(timeout=PATIENCE)
+    tab.expect_questions("hello")
+    assert len(backend.requests) == 1
+
+
+def test_replies_without_a_pause_leave_the_page_at_rest(chat):
+    tab = chat(backend := FakeBackend("alpha"))
+    for number in range(10):
+        tab.ask(f"q{number}")
+        expect(tab.stop_button).to_have_count(0)
+        expect(tab.action("undo")).to_be_enabled()
+    assert len(backend.requests) == 10
 
 
 def test_stop_works_while_the_model_is_silent(chat):
@@ -319,13 +344,17 @@ def test_history_survives_a_restart_of_the_server(open_tab, open_port):
         demo.close(verbose=False)
 
 
-def test_tab_that_stays_open_over_a_restart_of_the_server_keeps_its_history(open_tab, open_port):
+def test_tab_that_stays_open_over_a_restart_of_the_server_keeps_its_history(
+    open_tab, open_port, monkeypatch
+):
     settings = Settings(server_port=open_port)
+    monkeypatch.setattr(Context, "id", 0)
     demo = launch_page(settings, ready(FakeBackend("alpha")))
     tab = open_tab(f"http://127.0.0.1:{open_port}/")
     tab.ask("one")
     demo.server.force_exit = True  # as when the process ends: it waits for no open page
     demo.close(verbose=False)
+    monkeypatch.setattr(Context, "id", 0)  # a new process numbers its components from 0 again
     demo = launch_page(settings, ready(backend := FakeBackend("beta")))
     try:
         tab.ask("two")

@@ -82,20 +82,23 @@ def test_wrong_setting_never_reaches_the_model(stranger, name, value):
     ],
 )
 def test_refusal_says_what_is_wrong(stranger, name, value, words):
-    assert words in json.dumps(stranger(FakeBackend()).send("hello", **{name: value}))
+    someone = stranger(FakeBackend())
+    someone.send("hello", **{name: value})
+    assert words in someone.follow(**{name: value})["notice"]
 
 
 def test_refused_message_comes_back(stranger):
-    shown = stranger(FakeBackend()).send("my own text", top_k=1.5)[-1]["output"]["data"]
-    assert "my own text" in json.dumps(shown)
+    someone = stranger(FakeBackend())
+    someone.send("my own text", top_k=1.5)
+    assert someone.follow()["box"] == "my own text"
 
 
 @pytest.mark.parametrize("text", [None, "", " \n"])
 def test_message_without_text_never_reaches_the_model(stranger, text):
     someone = stranger(backend := FakeBackend("alpha"))
-    answer = json.dumps(someone.send(text))
+    someone.send(text)
     assert not backend.requests
-    assert "The message is empty" in answer
+    assert "The message is empty" in someone.follow()["notice"]
 
 
 @pytest.mark.parametrize("value", [5, ["x"], {"path": "/etc/passwd"}])
@@ -242,9 +245,10 @@ def test_edit_of_a_place_that_is_no_question_does_not_reach_the_model(stranger, 
 def test_megabyte_message_is_refused_by_name_and_comes_back(stranger):
     someone = stranger(FakeBackend("alpha", limit=1000))
     text = "word " * 200_000
-    answer = json.dumps(someone.send(text)[-1])
-    assert "too long" in answer
-    assert text in answer
+    someone.send(text)
+    shown = someone.follow()
+    assert "too long" in shown["notice"]
+    assert shown["box"] == text
     assert someone.send("hello")[-1]["success"]
 
 

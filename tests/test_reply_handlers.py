@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 
+import gradio as gr
 import pytest
 from chat_page import REQUEST, ChatPage
 from fake_backend import FakeBackend, wait_until
@@ -119,6 +120,11 @@ def test_without_a_seed_every_reply_draws_its_own():
     page = ChatPage(backend := FakeBackend("r"))
     page.send("a")
     assert backend.requests[-1].params.seed is None
+
+
+def test_what_follows_a_reply_asks_the_session_and_a_server_started_anew_changes_nothing():
+    page = ChatPage(FakeBackend("r"))
+    assert set(map(str, page.reply.follow(None, *page.controls.values()))) == {str(gr.skip())}
 
 
 # Refused
@@ -304,6 +310,16 @@ def test_regenerate_that_fails_loses_no_version():
     assert page.shown["version"]["value"] == "Version 2 of 2"
 
 
+def test_finished_messages_are_rendered_once_while_a_reply_grows(monkeypatch):
+    rendered = []
+    monkeypatch.setattr("webapp.views.render_reply", lambda text: rendered.append(text) or text)
+    page = ChatPage(FakeBackend("one two three four", pause=0.1))
+    page.send("first question")
+    page.send("second question")
+    assert rendered.count("first question") == 1
+    assert rendered.count("second question") == 1
+
+
 def test_regenerate_without_a_message_says_so():
     page = ChatPage(backend := FakeBackend("r"))
     page.regenerate()
@@ -405,7 +421,7 @@ def test_closed_tab_ends_the_stream_even_while_the_model_is_silent():
     page = ChatPage(backend := FakeBackend("one"))
     backend.gate.clear()
     events = page.reply.send(REQUEST, "a", None, None, *page.controls.values())
-    page.take(next(events))
+    page.take_reply(next(events))
     next(events)
     wait_until(lambda: backend.active)
     events.close()

@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from contextlib import ExitStack
 from itertools import pairwise
 
 import pytest
@@ -14,7 +15,9 @@ from webapp.conversation import Conversation, ReplyNote
 from webapp.reply_stream import (
     HEARTBEAT_SECONDS,
     PACE_SECONDS,
+    SLOWEST_PACE_SECONDS,
     Growth,
+    Pace,
     Snapshot,
     reply_note,
     stream_snapshots,
@@ -26,7 +29,7 @@ NOTE = ReplyNote(2, 20.0, 0.5, "stop", dropped=1)
 
 
 def snapshots(*events):
-    return list(stream_snapshots(lambda: iter(events), threading.Event()))
+    return list(stream_snapshots(lambda: iter(events), threading.Event(), Pace()))
 
 
 def running_readers():
@@ -48,7 +51,7 @@ def test_picture_tells_the_place_in_the_queue_until_the_reply_begins():
         yield StreamEvent("a")
         yield END
 
-    pictures = list(stream_snapshots(waits, threading.Event()))
+    pictures = list(stream_snapshots(waits, threading.Event(), Pace()))
     assert pictures[0].queued == QueuePlace(2, 20.0)
     assert pictures[-1].queued is None
 
@@ -60,7 +63,7 @@ def test_every_picture_begins_with_the_one_before():
             yield StreamEvent(word)
         yield END
 
-    texts = [picture.text for picture in stream_snapshots(slow, threading.Event())]
+    texts = [picture.text for picture in stream_snapshots(slow, threading.Event(), Pace())]
     assert len(set(texts)) >= 3
     assert all(after.startswith(before) for before, after in pairwise(texts))
 
@@ -73,9 +76,41 @@ def test_fast_tokens_are_gathered_into_few_pictures():
         yield END
 
     begun = time.monotonic()
-    taken = list(stream_snapshots(fast, threading.Event()))
+    taken = list(stream_snapshots(fast, threading.Event(), Pace()))
     assert len(taken) <= (time.monotonic() - begun) / PACE_SECONDS + 2
     assert taken[-1].text == "x" * 200
+
+
+def test_crowd_of_replies_is_shown_less_often_and_one_alone_at_the_usual_pace():
+    pace = Pace()
+    with ExitStack() as crowd:
+        paces = []
+        for _ in range(20):
+            crowd.enter_context(pace.streaming())
+            paces.append(pace.seconds)
+    assert paces[0] == paces[2] == pace.seconds == PACE_SECONDS
+    assert paces[5] == pytest.approx(2 * PACE_SECONDS)
+    assert paces[-1] == SLOWEST_PACE_SECONDS
+
+
+def test_reply_counts_for_the_pace_only_while_it_produces_text():
+    pace, speaks = Pace(), threading.Event()
+    counted = []
+
+    def begins():
+        yield StreamEvent(queued=QueuePlace(1, 5.0))
+        speaks.wait(10)
+        yield StreamEvent("a")
+        yield END
+
+    pictures = stream_snapshots(begins, threading.Event(), pace)
+    next(pictures)
+    counted.append(pace.streams)
+    speaks.set()
+    counted += [pace.streams for picture in pictures if picture.text]
+    assert counted[0] == 0
+    assert set(counted[1:]) == {1}
+    assert pace.streams == 0
 
 
 def test_model_thread_does_not_wait_for_the_page():
@@ -87,7 +122,7 @@ def test_model_thread_does_not_wait_for_the_page():
             yield StreamEvent("x")
         yield END
 
-    pictures = stream_snapshots(fast, threading.Event())
+    pictures = stream_snapshots(fast, threading.Event(), Pace())
     first = next(pictures)
     wait_until(lambda: len(produced) == 50)
     assert [first, *pictures][-1].text == "x" * 50
@@ -100,7 +135,7 @@ def test_silent_backend_still_gives_a_picture_every_heartbeat():
         said.wait(10)
         yield END
 
-    pictures = stream_snapshots(silent, threading.Event())
+    pictures = stream_snapshots(silent, threading.Event(), Pace())
     begun = time.monotonic()
     assert [next(pictures).text for _ in range(3)] == [""] * 3
     assert time.monotonic() - begun >= 2 * HEARTBEAT_SECONDS
@@ -116,7 +151,7 @@ def test_error_of_the_backend_comes_after_a_picture_of_the_text_before_it():
 
     taken = []
     with pytest.raises(OutOfMemory, match=r"Memory ran out\."):
-        for picture in stream_snapshots(failing, threading.Event()):
+        for picture in stream_snapshots(failing, threading.Event(), Pace()):
             taken.append(picture.text)
     assert taken[-1] == "half a reply"
 
@@ -127,7 +162,7 @@ def test_unexpected_fault_becomes_backend_failed_and_only_the_log_has_the_detail
         raise KeyError("layer 7")
 
     with caplog.at_level(logging.ERROR), pytest.raises(BackendFailed) as failed:
-        list(stream_snapshots(failing, threading.Event()))
+        list(stream_snapshots(failing, threading.Event(), Pace()))
     assert "layer 7" not in str(failed.value)
     assert "KeyError" in caplog.text
     assert "some text" not in caplog.text
@@ -138,7 +173,7 @@ def test_fault_before_the_first_event_is_raised_too():
         raise OutOfMemory("Memory ran out.")
 
     with pytest.raises(OutOfMemory):
-        list(stream_snapshots(unopened, threading.Event()))
+        list(stream_snapshots(unopened, threading.Event(), Pace()))
 
 
 def test_closing_the_pictures_sets_cancel_and_ends_the_reading_thread():
@@ -148,7 +183,7 @@ def test_closing_the_pictures_sets_cancel_and_ends_the_reading_thread():
         while not cancel.wait(0.001):
             yield StreamEvent("x")
 
-    pictures = stream_snapshots(endless, cancel)
+    pictures = stream_snapshots(endless, cancel, Pace())
     next(pictures)
     assert running_readers()
     pictures.close()

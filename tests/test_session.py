@@ -85,5 +85,5 @@ def test_question_without_a_reply_cannot_be_continued():
 
 def test_session_speaks_the_language_of_its_browser():
     request = SimpleNamespace(headers={"accept-language": "ja,en;q=0.5"})
-    page, _ = restored_session(request, None)
+    page = restored_session(request, None)
     assert page.words("send") == "送信"

@@ -12,39 +12,44 @@ from qwen.backend import ChatBackend
 from qwen.errors import QwenError
 from qwen.messages import ChatRequest
 from webapp.controls import sampling_params
-from webapp.reply_stream import reply_note, stream_snapshots
+from webapp.reply_stream import Pace, reply_note, stream_snapshots
 from webapp.session import PageSession, host_of, restored_session
 from webapp.views import note_text, notice_html
 from webapp.visitors import Visitors
 
 logger = logging.getLogger(__name__)
 
-#: The components that a completion updates, by name, in the order of the yielded values.
-COMPLETION_VIEW = ("session", "text", "completion_note", "complete", "stop_completion")
+#: What a completion streams to, and what follows a new number in `completion_turn`; see
+#: `webapp.page_updates.REPLY_VIEW`.
+COMPLETION_VIEW = ("session", "text", "completion_turn")
+COMPLETION_FRAME_VIEW = ("completion_note", "complete", "stop_completion")
 
 
 class CompletionHandlers:
     """The events of the completion page, over one shared backend."""
 
-    def __init__(self, backend: ChatBackend, visitors: Visitors) -> None:
+    def __init__(self, backend: ChatBackend, visitors: Visitors, pace: Pace) -> None:
         self._backend = backend
         self._visitors = visitors
+        self._pace = pace
 
     def complete(
         self, request: gr.Request, text: str, session: PageSession | None, *controls: Any
     ) -> Iterator[tuple[Any, ...]]:
         """Continue the text in place; on an error it stays as it was."""
-        session = session or restored_session(request, None)[0]
+        session = session or restored_session(request, None)
         grown, note = text, ""
         try:
             with session.reply() as cancel, self._visitors.reply(host_of(request), session.words):
+                session.completion_note = ""
+                yield session, text, next(session.turns)
                 params = sampling_params(controls)
                 asked = ChatRequest(raw_prompt=text, params=params)
                 for snapshot in stream_snapshots(
-                    lambda: self._backend.stream(asked, cancel), cancel
+                    lambda: self._backend.stream(asked, cancel), cancel, self._pace
                 ):
                     grown = text + snapshot.text
-                    yield self._view(session, grown, "", busy=True)
+                    yield gr.skip(), grown, gr.skip()
                     figures = reply_note(snapshot)
                     if figures is not None:
                         note = f'<small class="note">{note_text(figures, session.words)}</small>'
@@ -53,18 +58,16 @@ class CompletionHandlers:
         except Exception:
             logger.exception("A completion failed")
             note = notice_html(session.words("unexpected"))
-        yield self._view(session, grown, note, busy=session.is_busy)
+        session.completion_note = note
+        yield session, grown, next(session.turns)
+
+    def follow(self, session: PageSession | None) -> tuple[Any, ...]:
+        """Show in the components of `COMPLETION_FRAME_VIEW` what a completion has changed there."""
+        busy = session is not None and session.is_busy
+        note = session.completion_note if session is not None else ""
+        return note, gr.update(visible=not busy), gr.update(visible=busy)
 
     def stop(self, session: PageSession | None) -> None:
         """Stop the running completion; its text is kept."""
         if session is not None:
             session.stop()
-
-    def _view(self, session: PageSession, text: str, note: str, *, busy: bool) -> tuple[Any, ...]:
-        return (
-            session,
-            text,
-            note,
-            gr.update(visible=not busy),
-            gr.update(visible=busy),
-        )

@@ -42,10 +42,10 @@ class HistoryHandlers:
 
     def open_page(self, request: gr.Request, saved: object) -> tuple[Any, ...]:
         """Restore what this browser stored; returns updates for `VIEW` and `CONTROLS`."""
-        session, notice = restored_session(request, saved)
+        session = restored_session(request, saved)
         stored = saved if isinstance(saved, Mapping) else {}
         controls = restored_controls(stored.get("controls"), self.default_controls())
-        return (*self._page.opened(session, controls, notice=notice), *controls)
+        return (*self._page.opened(session, controls), *controls)
 
     def undo(
         self,
@@ -56,29 +56,31 @@ class HistoryHandlers:
         *controls: Any,
     ) -> Updates:
         """Step back before the last question and put its text into an empty box."""
-        session = session or restored_session(request, saved)[0]
+        session = session or restored_session(request, saved)
         if session.is_busy:
             return self._page.none()
         session.conversation, text = session.conversation.undo()
-        return self._page.whole(session, controls, box=None if box.strip() else text)
+        if not box.strip():
+            session.put_into_box(text)
+        return self._whole(session, controls)
 
     def clear(
         self, request: gr.Request, saved: object, session: PageSession | None, *controls: Any
     ) -> Updates:
         """Begin a new conversation; nothing happens while a reply is being written."""
-        session = session or restored_session(request, saved)[0]
+        session = session or restored_session(request, saved)
         if session.is_busy:
             return self._page.none()
         session.conversation, session.window = Conversation(), WINDOW
-        return self._page.whole(session, controls)
+        return self._whole(session, controls)
 
     def show_earlier(
         self, request: gr.Request, saved: object, session: PageSession | None, *controls: Any
     ) -> Updates:
         """Show more of a long conversation."""
-        session = session or restored_session(request, saved)[0]
+        session = session or restored_session(request, saved)
         session.window += WINDOW
-        return self._page.whole(session, controls, save=False)
+        return self._whole(session, controls, save=False)
 
     def choose_fork(
         self,
@@ -89,23 +91,23 @@ class HistoryHandlers:
         *controls: Any,
     ) -> Updates:
         """Let the stepper work on another message."""
-        session = session or restored_session(request, saved)[0]
+        session = session or restored_session(request, saved)
         if node_id not in session.conversation.forks:
             return self._page.none()
         session.fork = node_id if isinstance(node_id, int) else None
-        return self._page.whole(session, controls, save=False)
+        return self._whole(session, controls, save=False)
 
     def step_back(
         self, request: gr.Request, saved: object, session: PageSession | None, *controls: Any
     ) -> Updates:
         """Show the previous version of the stepper's message."""
-        return self._step(session or restored_session(request, saved)[0], controls, -1)
+        return self._step(session or restored_session(request, saved), controls, -1)
 
     def step_forward(
         self, request: gr.Request, saved: object, session: PageSession | None, *controls: Any
     ) -> Updates:
         """Show the next version of the stepper's message."""
-        return self._step(session or restored_session(request, saved)[0], controls, +1)
+        return self._step(session or restored_session(request, saved), controls, +1)
 
     def _step(self, session: PageSession, controls: Controls, offset: int) -> Updates:
         if session.is_busy or session.stepped_fork is None:
@@ -113,7 +115,11 @@ class HistoryHandlers:
         place = [node.id for node in session.conversation.path].index(session.stepped_fork)
         session.conversation = session.conversation.step(session.stepped_fork, offset)
         session.fork = session.conversation.path[place].id
-        return self._page.whole(session, controls)
+        return self._whole(session, controls)
+
+    def _whole(self, session: PageSession, controls: Controls, *, save: bool = True) -> Updates:
+        session.refusal = ""
+        return self._page.whole(session, controls, save=save)
 
     def draft_context(self, draft: str, session: PageSession | None, *controls: Any) -> Any:
         """Return the context bar for what is being typed."""

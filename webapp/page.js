@@ -51,9 +51,11 @@
   // it by loading again, with their half-written message kept; a tab that was writing at the same
   // time, or in which a message is being edited, shows a notice instead (style.css).
   const DRAFT = "qwen-chat-draft";
-  const STORED_AFTER_MS = 500; // Gradio stores the history just after the Stop button goes
+  const STORED_AFTER_MS = 500; // Gradio stores the history just after the mark of an end comes
   const box = () => document.querySelector("#box textarea");
   const tabs = new BroadcastChannel("qwen-chat");
+  const lastEnd = () => document.querySelector("#notice [data-ended]")?.dataset.ended;
+  let known; // a short reply ends before the Stop button comes, so it is no sign of an end
   let isWriting = false;
   let isWritingElsewhere = false;
   let overlapped = false;
@@ -81,7 +83,9 @@
       overlapped ||= isWritingElsewhere;
       tabs.postMessage("reply begins");
     }
-    if (wasWriting && !isWriting) {
+    const wasKnown = known;
+    known = lastEnd() ?? known;
+    if (wasKnown !== undefined && known !== wasKnown) {
       setTimeout(() => tabs.postMessage("reply ended"), STORED_AFTER_MS);
     }
   }).observe(document, { childList: true, subtree: true });

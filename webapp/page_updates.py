@@ -1,6 +1,7 @@
 """The chat page's updates: which component gets which value, from a session.
 
-Gradio wants one value for each output, in a fixed order; that order is `VIEW`.
+Gradio wants one value for each output, in a fixed order: `REPLY_VIEW` while a reply is written,
+`FRAME_VIEW` behind it, `VIEW` for everything else.
 """
 
 from __future__ import annotations
@@ -14,13 +15,23 @@ from qwen.errors import InvalidRequest, QwenError
 from qwen.messages import ChatRequest, Message
 from webapp.controls import Controls, sampling_params, stored_form, system_messages
 from webapp.session import PageSession
-from webapp.views import chat_messages, context_html, fork_choices, notice_html, version_text
+from webapp.views import (
+    chat_messages,
+    context_html,
+    ended_html,
+    fork_choices,
+    notice_html,
+    version_text,
+)
 
-#: The components that a chat handler updates, by name, in the order of its return values.
-VIEW = (
-    "session",
+#: What a reply streams to. Each output costs Gradio half as much as the whole text, skipped or not,
+#: unless it is a `gr.State`; so what a reply changes elsewhere is shown by one event that follows
+#: a new number in `turn`.
+REPLY_VIEW = ("session", "chatbot", "turn")
+
+#: The components around the chat, which show a session, in the order of a handler's values.
+FRAME_VIEW = (
     "saved",
-    "chatbot",
     "box",
     "notice",
     "send",
@@ -36,6 +47,9 @@ VIEW = (
     "context",
 )
 
+#: Everything that an event without a reply updates.
+VIEW = ("session", "chatbot", *FRAME_VIEW)
+
 #: Prompts that an empty page offers.
 EXAMPLES = ("example_1", "example_2", "example_3", "example_4")
 
@@ -43,99 +57,68 @@ Updates = tuple[Any, ...]
 
 
 class PageUpdates:
-    """Makes updates for the components of `VIEW`; asks the backend only to count tokens."""
+    """Makes updates for the components of the views; asks the backend only to count tokens."""
 
     def __init__(self, backend: ChatBackend) -> None:
         self._backend = backend
 
     def none(self) -> Updates:
-        """Return updates that change nothing."""
-        return self._named()
+        """Return updates of `VIEW` that change nothing."""
+        return (gr.skip(),) * len(VIEW)
 
-    def _named(self, **changed: Any) -> Updates:
-        return tuple(changed.get(name, gr.skip()) for name in VIEW)
-
-    def opened(self, session: PageSession, controls: Controls, *, notice: str) -> Updates:
+    def opened(self, session: PageSession, controls: Controls) -> Updates:
         """Show a session whose page was just opened, with example prompts in its language."""
-        shown = dict(
-            zip(VIEW, self.whole(session, controls, save=False, notice=notice), strict=True)
-        )
         words = session.words
-        shown["chatbot"] = gr.update(
-            value=shown["chatbot"],
+        chatbot = gr.update(
+            value=self._messages(session),
             placeholder=words("placeholder"),
             examples=[{"text": words(name)} for name in EXAMPLES],
         )
-        return self._named(**shown)
+        return (session, chatbot, *self.frame(session, controls, save=False))
 
-    def refused(self, session: PageSession, notice: str, *, box: str | None = None) -> Updates:
-        """Say why nothing was done; a reply that is being written goes on."""
-        changed: dict[str, Any] = {
-            "session": session,
-            # An edit in place has changed what the browser shows.
-            "chatbot": self._messages(session, growing=session.is_busy),
-            "notice": notice_html(notice),
-        }
-        if box is not None:
-            changed["box"] = box
-        return self._named(**changed)
+    def whole(self, session: PageSession, controls: Controls, *, save: bool = True) -> Updates:
+        """Show a session in the components of `VIEW`; `save` keeps it in the browser too."""
+        return (session, self._messages(session), *self.frame(session, controls, save=save))
 
-    def growing(self, session: PageSession, controls: Controls, *, save: bool) -> Updates:
-        """Show a reply as far as it is; `save` keeps it in the browser too."""
-        changed: dict[str, Any] = {"chatbot": self._messages(session, growing=True)}
-        if save:
-            changed["saved"] = stored_form(session.conversation, controls)
-        return self._named(**changed)
+    def growing(self, session: PageSession) -> Updates:
+        """Show a reply as far as it is, in the components of `REPLY_VIEW`."""
+        return (gr.skip(), self._messages(session), gr.skip())
 
-    def whole(
-        self,
-        session: PageSession,
-        controls: Controls,
-        *,
-        busy: bool | None = None,
-        save: bool = True,
-        box: str | None = None,
-        notice: str = "",
-    ) -> Updates:
-        """Show a session.
+    def turn(self, session: PageSession) -> Updates:
+        """Show the chat in the components of `REPLY_VIEW`, and let the frame follow."""
+        return (session, self._messages(session), next(session.turns))
 
-        Args:
-            session: The page.
-            controls: Values of `CONTROLS`.
-            busy: Whether a reply is being written; by default what the session says.
-            save: Keep it in the browser too.
-            box: New text of the message box; None leaves it alone.
-            notice: Why something was refused.
-        """
-        busy = session.is_busy if busy is None else busy
+    def frame(self, session: PageSession, controls: Controls, *, save: bool = True) -> Updates:
+        """Show a session in the components of `FRAME_VIEW`; `save` keeps it in the browser too."""
+        busy, box = session.is_busy, session.take_for_box()
         chat, fork = session.conversation, session.stepped_fork
         has_question = chat.last_question is not None
-        return self._named(
-            session=session,
-            saved=stored_form(chat, controls) if save else gr.skip(),
-            chatbot=self._messages(session, growing=busy),
-            box=gr.skip() if box is None else box,
-            notice=notice_html(notice),
-            send=gr.update(visible=not busy),
-            stop=gr.update(visible=busy),
-            regenerate=gr.update(interactive=has_question and not busy),
-            undo=gr.update(interactive=has_question and not busy),
-            clear=gr.update(interactive=bool(chat.nodes) and not busy),
-            earlier=gr.update(visible=len(chat.path) > session.window),
-            stepper=gr.update(visible=fork is not None and not busy),
-            fork=gr.update(choices=fork_choices(chat), value=fork, visible=len(chat.forks) > 1),
-            version=version_text(chat, fork, session.words),
-            context=self.context(session, controls, box or ""),
-            **{"continue": gr.update(interactive=session.can_continue and not busy)},
-        )
+        shown: dict[str, Any] = {
+            "saved": stored_form(chat, controls) if save else gr.skip(),
+            "box": gr.skip() if box is None else box,
+            "notice": ended_html(session.ended) + notice_html(session.refusal),
+            "send": gr.update(visible=not busy),
+            "stop": gr.update(visible=busy),
+            "regenerate": gr.update(interactive=has_question and not busy),
+            "undo": gr.update(interactive=has_question and not busy),
+            "continue": gr.update(interactive=session.can_continue and not busy),
+            "clear": gr.update(interactive=bool(chat.nodes) and not busy),
+            "earlier": gr.update(visible=len(chat.path) > session.window),
+            "stepper": gr.update(visible=fork is not None and not busy),
+            "fork": gr.update(choices=fork_choices(chat), value=fork, visible=len(chat.forks) > 1),
+            "version": version_text(chat, fork, session.words),
+            "context": self.context(session, controls, box or ""),
+        }
+        return tuple(shown[name] for name in FRAME_VIEW)
 
-    def _messages(self, session: PageSession, *, growing: bool) -> list[dict[str, Any]]:
+    def _messages(self, session: PageSession) -> list[dict[str, Any]]:
         return chat_messages(
             session.conversation,
             session.words,
             window=session.window,
             notice=session.notice,
-            growing=growing,
+            growing=session.is_busy,
+            bubbles=session.bubbles,
         )
 
     def context(self, session: PageSession, controls: Controls, draft: str) -> str:

@@ -1,7 +1,8 @@
 """Gradio events that end in a reply: send, edit, regenerate, continue; and the one that stops it.
 
-A handler takes plain component values and yields updates in the order of `page_updates.VIEW`. The
-conversation comes from the page's session, never from the browser. Knows no layout.
+A handler takes plain component values and yields updates in the order of `REPLY_VIEW`; what the
+page shows around the chat follows in an event of its own, `follow`. The conversation comes from
+the page's session, never from the browser. Knows no layout.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from qwen.errors import BackendNotReady, InvalidRequest, QwenError
 from qwen.messages import ChatRequest
 from webapp.controls import Controls, sampling_params, system_messages
 from webapp.conversation import Conversation
-from webapp.page_updates import PageUpdates, Updates
+from webapp.page_updates import FRAME_VIEW, PageUpdates, Updates
 from webapp.render import restore_text
-from webapp.reply_stream import HEARTBEAT_SECONDS, Growth, Snapshot, stream_snapshots
+from webapp.reply_stream import HEARTBEAT_SECONDS, Growth, Pace, Snapshot, stream_snapshots
 from webapp.session import PageBusy, PageSession, host_of, restored_session
 from webapp.views import loading_text, queue_text
 from webapp.visitors import VisitorBusy, Visitors
@@ -36,10 +37,13 @@ SAVE_SECONDS = 2.0
 class ReplyHandlers:
     """Replies of the one shared backend to one page at a time."""
 
-    def __init__(self, backend: DeferredBackend, page: PageUpdates, visitors: Visitors) -> None:
+    def __init__(
+        self, backend: DeferredBackend, page: PageUpdates, visitors: Visitors, pace: Pace
+    ) -> None:
         self._backend = backend
         self._page = page
         self._visitors = visitors
+        self._pace = pace
 
     def send(
         self,
@@ -50,7 +54,7 @@ class ReplyHandlers:
         *controls: Any,
     ) -> Iterator[Updates]:
         """Send the message box's text and stream the reply."""
-        session = session or restored_session(request, saved)[0]
+        session = session or restored_session(request, saved)
         text = text if isinstance(text, str) else ""
         yield from self._reply(
             request, session, controls, lambda chat: chat.ask(text), typed=text, from_box=True
@@ -65,7 +69,7 @@ class ReplyHandlers:
         *controls: Any,
     ) -> Iterator[Updates]:
         """Send the example prompt that was clicked."""
-        session = session or restored_session(request, saved)[0]
+        session = session or restored_session(request, saved)
         text = str(event.value["text"])
         yield from self._reply(request, session, controls, lambda chat: chat.ask(text), typed=text)
 
@@ -78,12 +82,12 @@ class ReplyHandlers:
         *controls: Any,
     ) -> Iterator[Updates]:
         """Make another version of an earlier message and stream the reply to it."""
-        session = session or restored_session(request, saved)[0]
+        session = session or restored_session(request, saved)
         index = event.index if isinstance(event.index, int) else event.index[0]
         shown = session.conversation.path[-session.window :]
         text = restore_text(str(event.value))
         if not 0 <= index < len(shown) or shown[index].role != "user":
-            yield self._page.refused(session, session.words("stale_edit"), box=text)
+            yield self._refused(session, session.words("stale_edit"), typed=text)
             return
         node_id = shown[index].id
         yield from self._reply(
@@ -94,10 +98,10 @@ class ReplyHandlers:
         self, request: gr.Request, saved: object, session: PageSession | None, *controls: Any
     ) -> Iterator[Updates]:
         """Stream another version of the last reply; the earlier ones stay."""
-        session = session or restored_session(request, saved)[0]
+        session = session or restored_session(request, saved)
         asked = session.conversation.last_question
         if asked is None:
-            yield self._page.refused(session, session.words("nothing_to_regenerate"))
+            yield self._refused(session, session.words("nothing_to_regenerate"))
             return
         yield from self._reply(request, session, controls, lambda chat: replace(chat, leaf=asked))
 
@@ -105,9 +109,9 @@ class ReplyHandlers:
         self, request: gr.Request, saved: object, session: PageSession | None, *controls: Any
     ) -> Iterator[Updates]:
         """Go on with a reply that was cut off or stopped."""
-        session = session or restored_session(request, saved)[0]
+        session = session or restored_session(request, saved)
         if not session.can_continue:
-            yield self._page.refused(session, session.words("nothing_to_continue"))
+            yield self._refused(session, session.words("nothing_to_continue"))
             return
         yield from self._reply(request, session, controls, lambda chat: chat)
 
@@ -132,34 +136,47 @@ class ReplyHandlers:
             from_box: The text was typed into the box, which is emptied when the reply begins.
         """
         if typed is not None and not typed.strip():
-            yield self._page.refused(session, session.words("empty"), box=typed)
+            yield self._refused(session, session.words("empty"), typed=typed)
             return
         before = session.conversation
         accepted = False
         try:
             with session.reply() as cancel, self._visitors.reply(host_of(request), session.words):
                 base = session.conversation = change(before)
-                yield self._page.whole(session, controls, box="" if from_box else None)
-                yield from self._until_loaded(session, controls, cancel)
+                session.refusal = ""
+                if from_box:
+                    session.put_into_box("")
+                yield self._page.turn(session)
+                yield from self._until_loaded(session, cancel)
                 asked = self._request(base, controls)
                 self._backend.count_tokens(asked)
                 accepted = True
-                snapshots = stream_snapshots(lambda: self._backend.stream(asked, cancel), cancel)
-                yield from self._grow(session, controls, Growth(base), snapshots)
-            yield self._page.whole(session, controls)
+                snapshots = stream_snapshots(
+                    lambda: self._backend.stream(asked, cancel), cancel, self._pace
+                )
+                yield from self._grow(session, Growth(base), snapshots)
+            session.refusal = ""
+            yield self._page.turn(session)
         except (PageBusy, VisitorBusy) as error:
-            yield self._page.refused(session, str(error), box=typed)
+            yield self._refused(session, str(error), typed=typed)
         except Exception as error:
             message = self._message_for(session, error)
             if accepted and not isinstance(error, InvalidRequest):
-                session.notice = message
-                yield self._page.whole(session, controls)
+                session.notice, session.refusal = message, ""
+                yield self._page.turn(session)
             else:
                 session.conversation, session.notice = before, ""
-                yield self._page.whole(session, controls, box=typed, notice=message)
+                yield self._refused(session, message, typed=typed)
         finally:
             if not session.is_busy:  # else it belongs to the reply that goes on
                 session.notice = ""
+
+    def _refused(self, session: PageSession, why: str, *, typed: str | None = None) -> Updates:
+        """Say why nothing was done; a reply that is being written goes on."""
+        session.refusal = why
+        if typed is not None:
+            session.put_into_box(typed)
+        return self._page.turn(session)  # an edit in place has changed what the browser shows
 
     def _message_for(self, session: PageSession, error: Exception) -> str:
         if isinstance(error, QwenError):
@@ -168,16 +185,14 @@ class ReplyHandlers:
         logger.exception("A page event failed")
         return session.words("unexpected")
 
-    def _until_loaded(
-        self, session: PageSession, controls: Controls, cancel: threading.Event
-    ) -> Iterator[Updates]:
+    def _until_loaded(self, session: PageSession, cancel: threading.Event) -> Iterator[Updates]:
         """Yield pictures of the loading progress until the model is there or cannot be."""
         while self._backend.status.stage == "loading":
             if cancel.is_set():
                 raise BackendNotReady(session.words("stopped_while_loading"))
             session.notice = loading_text(self._backend.status, session.words)
-            yield self._page.whole(session, controls, save=False)
-            time.sleep(HEARTBEAT_SECONDS)
+            yield self._page.growing(session)
+            cancel.wait(HEARTBEAT_SECONDS)
         session.notice = session.words("waiting")
 
     def _request(self, base: Conversation, controls: Controls) -> ChatRequest:
@@ -195,14 +210,10 @@ class ReplyHandlers:
         )
 
     def _grow(
-        self,
-        session: PageSession,
-        controls: Controls,
-        growth: Growth,
-        snapshots: Iterator[Snapshot],
+        self, session: PageSession, growth: Growth, snapshots: Iterator[Snapshot]
     ) -> Iterator[Updates]:
         """Take a reply's pictures into the conversation; yield what the page shows of them."""
-        saved_at, shown = time.monotonic(), None
+        saved_at = time.monotonic()
         for snapshot in snapshots:
             if snapshot.text:
                 session.notice = ""
@@ -220,15 +231,17 @@ class ReplyHandlers:
                 )
             if snapshot.final is not None:
                 return
-            save = bool(snapshot.text) and time.monotonic() - saved_at > SAVE_SECONDS
-            if save:
+            if snapshot.text and time.monotonic() - saved_at > SAVE_SECONDS:
                 saved_at = time.monotonic()
-            picture = (snapshot.text, session.notice)
-            if picture == shown and not save:
-                yield self._page.none()
-                continue
-            shown = picture
-            yield self._page.growing(session, controls, save=save)
+                yield self._page.turn(session)
+            else:
+                yield self._page.growing(session)
+
+    def follow(self, session: PageSession | None, *controls: Any) -> Updates:
+        """Show in the components of `FRAME_VIEW` what a reply has changed there; store it."""
+        if session is None:  # the server was started anew
+            return (gr.skip(),) * len(FRAME_VIEW)
+        return self._page.frame(session, controls)
 
     def stop(self, session: PageSession | None) -> None:
         """Stop the running reply within one token; its text is kept."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from qwen.errors import BackendFailed, QwenError
@@ -20,10 +20,45 @@ logger = logging.getLogger(__name__)
 
 #: Between two pictures of a growing reply; more often only saturates the browser.
 PACE_SECONDS = 0.1
+#: Replies that stream at once at that pace; each picture of one costs the server about 2 ms.
+UNHURRIED_STREAMS = 3
+#: Between two pictures, however many replies stream.
+SLOWEST_PACE_SECONDS = 0.5
 #: Characters of a model's thoughts that are shown.
 THOUGHT_CHARACTERS = 200
-#: Between two pictures while nothing new came.
-HEARTBEAT_SECONDS = 0.25
+#: Between two pictures while nothing new came; whatever comes is shown at once.
+HEARTBEAT_SECONDS = 1.0
+
+
+class Pace:
+    """How often pages are updated: the less often, the more replies stream to them at once.
+
+    One for all pages; may be used from any thread.
+
+    Attributes:
+        streams: Replies that produce text now.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.streams = 0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds between two pictures of a reply."""
+        crowd = max(self.streams / UNHURRIED_STREAMS, 1)
+        return min(PACE_SECONDS * crowd, SLOWEST_PACE_SECONDS)
+
+    @contextmanager
+    def streaming(self) -> Iterator[None]:
+        """Count a reply while it produces text."""
+        with self._lock:
+            self.streams += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.streams -= 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +88,7 @@ class _Collector:
         self.final: StreamEvent | None = None
         self.queued: QueuePlace | None = None
         self.error: Exception | None = None
-        self.done = False
+        self.done = threading.Event()
 
     def run(self, open_stream: Callable[[], Iterator[StreamEvent]]) -> None:
         try:
@@ -70,25 +105,26 @@ class _Collector:
             self.error = error
         finally:
             with self._changed:
-                self.done = True
+                self.done.set()
                 self._changed.notify_all()
 
     def take(self) -> tuple[str, bool]:
         """Wait a heartbeat for news; return the new text and whether the stream had ended."""
         with self._changed:
-            self._changed.wait_for(lambda: self.done or self._pieces, HEARTBEAT_SECONDS)
+            self._changed.wait_for(lambda: self.done.is_set() or self._pieces, HEARTBEAT_SECONDS)
             new, self._pieces = "".join(self._pieces), []
-            return new, self.done
+            return new, self.done.is_set()
 
 
 def stream_snapshots(
-    open_stream: Callable[[], Iterator[StreamEvent]], cancel: threading.Event
+    open_stream: Callable[[], Iterator[StreamEvent]], cancel: threading.Event, pace: Pace
 ) -> Iterator[Snapshot]:
     """Yield pictures of a growing reply, at least one every `HEARTBEAT_SECONDS`.
 
     Args:
         open_stream: Begins the backend's stream; called on the thread that then reads it.
         cancel: The event that the stream obeys; set when this iterator is closed.
+        pace: Says how long to wait between two pictures that have new text.
 
     Raises:
         QwenError: Whatever the backend raised, after a last picture of the text before it;
@@ -100,13 +136,16 @@ def stream_snapshots(
     ).start()
     text, done = "", False
     try:
-        while not done:
-            new, done = collector.take()
-            text += new
-            final = collector.final if done else None
-            yield Snapshot(text, collector.context, final, collector.queued, collector.thoughts)
-            if new and not done:
-                time.sleep(PACE_SECONDS)
+        with ExitStack() as speaking:
+            while not done:
+                new, done = collector.take()
+                if new and not text:
+                    speaking.enter_context(pace.streaming())
+                text += new
+                final = collector.final if done else None
+                yield Snapshot(text, collector.context, final, collector.queued, collector.thoughts)
+                if new:
+                    collector.done.wait(pace.seconds)
         if collector.error is not None:
             raise _as_qwen_error(collector.error)
     finally:

@@ -250,15 +250,16 @@ def _build(settings: Settings, backend: DeferredBackend) -> Any:
     from webapp.loading_handlers import LoadingHandlers
     from webapp.page_updates import PageUpdates
     from webapp.reply_handlers import ReplyHandlers
+    from webapp.reply_stream import Pace
     from webapp.ui import Handlers, build_page
     from webapp.visitors import Visitors
 
-    page, visitors = PageUpdates(backend), Visitors(settings.visitors)
+    page, visitors, pace = PageUpdates(backend), Visitors(settings.visitors), Pace()
     history = HistoryHandlers(backend, page, settings)
     handlers = Handlers(
-        reply=ReplyHandlers(backend, page, visitors),
+        reply=ReplyHandlers(backend, page, visitors, pace),
         history=history,
-        completion=CompletionHandlers(backend, visitors),
+        completion=CompletionHandlers(backend, visitors, pace),
         loading=LoadingHandlers(backend, history),
     )
     return build_page(handlers).queue(api_open=False)

@@ -5,7 +5,9 @@ The conversation here is the canonical one. What a browser sends is read once, w
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -14,7 +16,7 @@ import gradio as gr
 from qwen.errors import InvalidConversation, InvalidRequest
 from webapp.conversation import Conversation, parse_conversation
 from webapp.text import Words, words_for
-from webapp.views import WINDOW
+from webapp.views import WINDOW, Bubbles
 
 
 class PageBusy(InvalidRequest):
@@ -29,7 +31,12 @@ class PageSession:
         fork: The message that the version stepper works on; None for the last one.
         window: How many messages are displayed.
         notice: The sentence under the last message, such as an error; not part of the history.
+        refusal: Why the last thing that was asked for was not done; shown above the message box.
+        completion_note: What stands under a base model's completion, as HTML.
+        ended: When its last reply ended, in seconds of the clock; 0 before.
         words: The language of this page.
+        bubbles: What has been rendered for it.
+        turns: Numbers of what a reply changes besides its text (`webapp.page_updates.REPLY_VIEW`).
     """
 
     def __init__(self, words: Words) -> None:
@@ -37,9 +44,15 @@ class PageSession:
         self.fork: int | None = None
         self.window = WINDOW
         self.notice = ""
+        self.refusal = ""
+        self.completion_note = ""
+        self.ended = 0.0
         self.words = words
+        self.bubbles = Bubbles(words)
+        self.turns = itertools.count(1)
         self._lock = threading.Lock()
         self._cancel: threading.Event | None = None
+        self._for_box: str | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -61,6 +74,7 @@ class PageSession:
             yield cancel
         finally:
             cancel.set()
+            self.ended = time.time()
             self._cancel = None
 
     def stop(self) -> None:
@@ -68,6 +82,17 @@ class PageSession:
         cancel = self._cancel
         if cancel is not None:
             cancel.set()
+
+    def put_into_box(self, text: str) -> None:
+        """Let the message box be given this text, once."""
+        with self._lock:
+            self._for_box = text
+
+    def take_for_box(self) -> str | None:
+        """Take what the message box is to be given; None leaves it alone."""
+        with self._lock:
+            text, self._for_box = self._for_box, None
+            return text
 
     @property
     def stepped_fork(self) -> int | None:
@@ -93,20 +118,18 @@ def host_of(request: gr.Request) -> str:
     return "unknown" if client is None else str(client.host)
 
 
-def restored_session(request: gr.Request, saved: object) -> tuple[PageSession, str]:
+def restored_session(request: gr.Request, saved: object) -> PageSession:
     """Make a page's session from what its browser stored, in the browser's language.
 
-    Used when a page opens, and when a page outlives the server that knew it.
-
-    Returns:
-        The session, and a notice when the stored conversation was refused.
+    Used when a page opens, and when a page outlives the server that knew it. A conversation that
+    is refused leaves the session empty, with the reason in it.
     """
     session = PageSession(words_for(request.headers.get("accept-language")))
     stored = saved.get("conversation") if isinstance(saved, Mapping) else None
     if stored is None:
-        return session, ""
+        return session
     try:
         session.conversation = parse_conversation(stored)
     except InvalidConversation as error:
-        return session, str(error)
-    return session, ""
+        session.refusal = str(error)
+    return session

@@ -11,11 +11,15 @@ from typing import Any
 
 import gradio as gr
 
-from webapp.completion_handlers import COMPLETION_VIEW, CompletionHandlers
+from webapp.completion_handlers import (
+    COMPLETION_FRAME_VIEW,
+    COMPLETION_VIEW,
+    CompletionHandlers,
+)
 from webapp.controls import CONTROLS, Controls
 from webapp.history_handlers import HistoryHandlers
 from webapp.loading_handlers import STATUS_VIEW, LoadingHandlers
-from webapp.page_updates import VIEW
+from webapp.page_updates import FRAME_VIEW, REPLY_VIEW, VIEW
 from webapp.render import LATEX_DELIMITERS
 from webapp.reply_handlers import ReplyHandlers
 from webapp.text import TRANSLATIONS
@@ -78,7 +82,8 @@ def build_page(handlers: Handlers) -> gr.Blocks:
     with gr.Blocks(
         title="Qwen Chat", analytics_enabled=False, fill_height=True, fill_width=True
     ) as demo:
-        c: Components = {"session": gr.State(None)}
+        c: Components = {"session": gr.State(None), "turn": gr.State(0)}
+        c["completion_turn"] = gr.State(0)
         c["saved"] = gr.BrowserState(None, storage_key=STORAGE_KEY, secret=STORAGE_SECRET)
         _build_settings(c, t, handlers.history.default_controls())
         _build_header(c, t)
@@ -211,11 +216,13 @@ def _build_completion(c: Components, t: gr.I18n) -> None:
 
 
 #: Streamed events: queued by Gradio without a limit worth feeling; the engine keeps the order.
+#: Their values are what the browser takes: a conversion costs a change of threads at every update.
 REPLY_EVENT: dict[str, Any] = {
     "show_progress": "hidden",
     "api_visibility": "private",
     "concurrency_limit": CONCURRENT_REPLIES,
     "concurrency_id": "replies",
+    "postprocess": False,
 }
 #: Events that answer at once and so skip the queue.
 INSTANT_EVENT: dict[str, Any] = {
@@ -223,16 +230,20 @@ INSTANT_EVENT: dict[str, Any] = {
     "api_visibility": "private",
     "queue": False,
 }
+#: Events that show what another has changed: one at a time, and once more for what came meanwhile.
+FOLLOWING_EVENT: dict[str, Any] = {**INSTANT_EVENT, "trigger_mode": "always_last"}
 
 
 def _wire_replies(c: Components, reply: ReplyHandlers) -> None:
-    view = [c[name] for name in VIEW]
+    view = [c[name] for name in REPLY_VIEW]
     inputs = [c["saved"], c["session"], *(c[name] for name in CONTROLS)]
     gr.on([c["box"].submit, c["send"].click], reply.send, [c["box"], *inputs], view, **REPLY_EVENT)
     c["chatbot"].example_select(reply.send_example, inputs, view, **REPLY_EVENT)
     c["chatbot"].edit(reply.edit, inputs, view, **REPLY_EVENT)
     c["regenerate"].click(reply.regenerate, inputs, view, **REPLY_EVENT)
     c["continue"].click(reply.continue_reply, inputs, view, **REPLY_EVENT)
+    frame = [c[name] for name in FRAME_VIEW]
+    c["turn"].change(reply.follow, inputs[1:], frame, **FOLLOWING_EVENT)
     c["stop"].click(reply.stop, [c["session"]], None, **INSTANT_EVENT)
 
 
@@ -250,8 +261,7 @@ def _wire_history(c: Components, history: HistoryHandlers) -> None:
         history.draft_context,
         [c["box"], *inputs[1:]],
         c["context"],
-        trigger_mode="always_last",
-        **INSTANT_EVENT,
+        **FOLLOWING_EVENT,
     )
     for kind in ("html", "json", "markdown"):
         export = getattr(history, f"export_{kind}")
@@ -264,7 +274,9 @@ def _wire_history(c: Components, history: HistoryHandlers) -> None:
 def _wire_completion(c: Components, completion: CompletionHandlers) -> None:
     inputs = [c["text"], c["session"], *(c[name] for name in CONTROLS)]
     view = [c[name] for name in COMPLETION_VIEW]
+    frame = [c[name] for name in COMPLETION_FRAME_VIEW]
     c["complete"].click(completion.complete, inputs, view, **REPLY_EVENT)
+    c["completion_turn"].change(completion.follow, [c["session"]], frame, **FOLLOWING_EVENT)
     c["stop_completion"].click(completion.stop, [c["session"]], None, **INSTANT_EVENT)
 
 

@@ -5,6 +5,7 @@ Pure functions; knows the words and the conversation, neither Gradio nor the mod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -20,6 +21,25 @@ QUOTED_CHARACTERS = 40
 WINDOW = 50
 
 
+class Bubbles:
+    """What the shown messages of one page look like: each is rendered once while it stays."""
+
+    def __init__(self, words: Words) -> None:
+        self._words = words
+        self._known: dict[Node, str] = {}
+
+    def of(self, path: Sequence[Node]) -> list[str]:
+        """Return the guarded Markdown of finished messages, with their notes."""
+        known = self._known
+        self._known = {
+            node: known[node]
+            if node in known
+            else render_reply(node.content) + _note(node, self._words)
+            for node in path
+        }
+        return list(self._known.values())
+
+
 def chat_messages(
     conversation: Conversation,
     words: Words,
@@ -27,6 +47,7 @@ def chat_messages(
     window: int,
     notice: str = "",
     growing: bool = False,
+    bubbles: Bubbles | None = None,
 ) -> list[dict[str, Any]]:
     """Return the last `window` shown messages in the form that Gradio's Chatbot takes.
 
@@ -36,26 +57,29 @@ def chat_messages(
         window: How many messages to show at most.
         notice: A sentence under the last message, in a bubble of its own after a question.
         growing: The last reply is still being written, so it has no note yet.
+        bubbles: Remembers from one call to the next what has been rendered.
     """
     path = conversation.path[-window:]
-    shown = [_bubble(node.role, render_reply(node.content) + _note(node, words)) for node in path]
     last = path[-1] if path else None
-    if last is not None and growing and last.role == "assistant":
-        shown[-1] = _bubble("assistant", render_reply(last.content))
-    if not notice and not growing and last is not None and last.role == "user":
-        notice = words("no_reply_yet")
-    if notice and last is not None and last.role == "assistant":
-        shown[-1] = _bubble(
-            "assistant", render_reply(last.content) + render_note(notice, after=last.content)
-        )
-    elif notice and last is not None:
-        shown.append(_bubble("assistant", render_note(notice)))
+    is_open = last is not None and last.role == "assistant" and bool(growing or notice)
+    finished = path[:-1] if is_open else path
+    texts = (bubbles or Bubbles(words)).of(finished)
+    shown = [_bubble(node.role, text) for node, text in zip(finished, texts, strict=True)]
+    if last is None:
+        return shown
+    if is_open:
+        note = render_note(notice, after=last.content) if notice else ""
+        shown.append(_bubble("assistant", render_reply(last.content) + note))
+    elif last.role == "user" and (notice or not growing):
+        shown.append(_bubble("assistant", render_note(notice or words("no_reply_yet"))))
     return shown
 
 
 def _bubble(role: str, content: str) -> dict[str, Any]:
-    # A plain string would lose its indentation on the way through Gradio.
-    return {"role": role, "content": [{"type": "text", "text": content}]}
+    # As Gradio sends it, since replies skip its conversion (`webapp.ui`); in the other events a
+    # plain string would lose its indentation.
+    text = {"type": "text", "text": content}
+    return {"role": role, "content": [text], "metadata": None, "options": None}
 
 
 def _note(node: Node, words: Words) -> str:
@@ -143,6 +167,11 @@ def queue_text(place: QueuePlace, words: Words) -> str:
 def notice_html(notice: str) -> str:
     """Return the strip above the message box that says what went wrong, or nothing."""
     return _strip("failed", escape(notice), "alert") if notice else ""
+
+
+def ended_html(seconds: float) -> str:
+    """Return a mark that nobody sees: `page.js` tells the other tabs when it changes."""
+    return f'<i data-ended="{seconds}"></i>'
 
 
 def _strip(kind: str, inner: str, role: str) -> str:
