@@ -154,7 +154,8 @@ def test_termination_while_loading_ends_in_under_three_seconds(run_app, open_por
 def test_users_text_is_not_printed(writing_app, open_port):
     stranger = Stranger(f"http://127.0.0.1:{open_port}/")
     for text, top_k in ((f"refused {MARKER}", 1.5), (MARKER * 100_000, 5)):
-        assert 'role=\\"alert\\"' in json.dumps(stranger.send(text, top_k=top_k)[-1])
+        stranger.send(text, top_k=top_k)
+        assert 'role="alert"' in stranger.follow(top_k=top_k)["notice"]
     stranger.instant("undo", MARKER, None, None, *controls(system_prompt=MARKER))
     stranger.client.close()
     seconds_to_end(writing_app, signal.SIGINT)

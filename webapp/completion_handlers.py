@@ -61,7 +61,7 @@ class CompletionHandlers:
         session.completion_note = note
         yield session, grown, next(session.turns)
 
-    def follow(self, session: PageSession | None) -> tuple[Any, ...]:
+    def follow_completion(self, session: PageSession | None) -> tuple[Any, ...]:
         """Show in the components of `COMPLETION_FRAME_VIEW` what a completion has changed there."""
         busy = session is not None and session.is_busy
         note = session.completion_note if session is not None else ""

@@ -276,7 +276,9 @@ def _wire_completion(c: Components, completion: CompletionHandlers) -> None:
     view = [c[name] for name in COMPLETION_VIEW]
     frame = [c[name] for name in COMPLETION_FRAME_VIEW]
     c["complete"].click(completion.complete, inputs, view, **REPLY_EVENT)
-    c["completion_turn"].change(completion.follow, [c["session"]], frame, **FOLLOWING_EVENT)
+    c["completion_turn"].change(
+        completion.follow_completion, [c["session"]], frame, **FOLLOWING_EVENT
+    )
     c["stop_completion"].click(completion.stop, [c["session"]], None, **INSTANT_EVENT)
 
 
