@@ -27,10 +27,6 @@ from webapp.settings import DEFAULT_HOST, DEFAULT_PORT, Settings
 
 logger = logging.getLogger(__name__)
 
-#: Seconds after which a thread of Python lets another one on. The decode loop waits so long for the
-#: page's threads behind each of a step's hundreds of computations; Python's own value is 0.005.
-_SWITCH_SECONDS = 0.0002
-
 #: Threads for handlers; a running reply holds one for at most a heartbeat at a time.
 HANDLER_THREADS = 100
 #: Seconds that replies which are cut get for their end, and then the network for the last words.
@@ -48,7 +44,6 @@ def serve(settings: Settings, backend: DeferredBackend, activity: Activity) -> i
     Returns:
         The process's exit code: 0 after an ordinary stop, 1 when the server cannot start.
     """
-    sys.setswitchinterval(_SWITCH_SECONDS)
     set_up_logs(settings.log_format)
     for warning in settings.warnings:
         print(f"Warning: {warning}", file=sys.stderr)
