@@ -7,7 +7,6 @@ turns. Ends with a line for each row, and with exit code 1 where one falls short
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -156,10 +155,8 @@ def _page(setup: Setup) -> Iterator[Comparison]:
 def _crowd(setup: Setup) -> Iterator[Comparison]:
     result = think_and_ask(setup.user, users=32, seconds=60 * setup.minutes)
     print(*result.errors[:5], sep="\n", flush=True)
-    p95 = statistics.quantiles(result.first, n=20)[-1] if len(result.first) > 1 else 0.0
     yield Comparison(
-        f"32 users for {setup.minutes:g} minutes, {len(result.first)} replies, first token "
-        f"p50 {statistics.median(result.first):.1f} s, p95 {p95:.1f} s: errors",
+        f"32 users for {setup.minutes:g} minutes, {result}: errors",
         Samples((float(len(result.errors)),), ""),
         "one",
         Samples((1.0,), ""),

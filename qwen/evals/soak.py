@@ -38,6 +38,12 @@ class Crowd:
     first: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        """Say how many replies came, and when they began."""
+        first = self.first if len(self.first) > 1 else [0.0, *self.first, 0.0]
+        p50, p95 = statistics.median(first), statistics.quantiles(first, n=20)[-1]
+        return f"{len(self.first)} replies, first token p50 {p50:.1f} s, p95 {p95:.1f} s"
+
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
@@ -140,10 +146,9 @@ def _compare(
 ) -> list[Comparison]:
     third = max(len(looks) // 3, 1)
     memory = [look.memory / 1e6 for look in looks]
-    first = statistics.median(crowd.first or [0.0])
     rows = [
         Comparison(
-            f"{users} users, {len(crowd.first)} replies, first token p50 {first:.1f} s: errors",
+            f"{users} users, {crowd}: errors",
             Samples((float(len(crowd.errors)),), ""),
             "one",
             Samples((1.0,), ""),
