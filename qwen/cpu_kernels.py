@@ -50,6 +50,7 @@ _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "group_size": ([], _L),
     "row_block": ([], _L),
+    "packed_bytes": ([], _L),
     "position_block": ([], _L),
     "position_room": ([_L], _L),
     "pack": ([_P, _I, _L, _L, _P, _P, _I], None),
@@ -155,14 +156,14 @@ class CpuKernels:
             weights: (out, in) each, float32, bfloat16 or float16.
 
         Returns:
-            Values (blocks, groups * group_size * row_block), int8, and scales (blocks, groups *
-            row_block), bfloat16; a block is of `row_block` outputs, the last one padded.
+            Values of 6 bits (blocks, bytes), uint8, and scales (blocks, groups * row_block),
+            bfloat16; a block is of `row_block` outputs, the last one padded.
         """
         if any(len(weight) % self.row_block for weight in weights[:-1]):
             weights = (torch.cat([weight.detach() for weight in weights]),)
         columns, rows = weights[0].shape[1], sum(len(weight) for weight in weights)
         groups, blocks = -(-columns // self.group_size), -(-rows // self.row_block)
-        packed = torch.empty(blocks, groups * self.group_size * self.row_block, dtype=torch.int8)
+        packed = torch.empty(blocks, groups * self._library.packed_bytes(), dtype=torch.uint8)
         scales = torch.empty(blocks, groups * self.row_block, dtype=torch.bfloat16)
         first = 0
         for weight in weights:
@@ -314,7 +315,7 @@ class CpuKernels:
         packed, scales = self.pack(weight)
         product = self.linear(x, packed, scales, len(weight))
         rows = torch.cat([self.linear(row[None], packed, scales, len(weight)) for row in x])
-        # Measured: 0.008 of the norm of the product are lost by int8.
+        # Measured: 0.008 of the norm of the product are lost with 6 bits.
         wrong = (product - x @ weight.T).norm() > 0.03 * product.norm()
         if wrong or not torch.equal(product, rows):
             raise KernelsUnavailable("the compiled kernels compute wrongly")

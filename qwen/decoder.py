@@ -127,7 +127,7 @@ class Decoder:
 
     Args:
         model: A loaded model that `check_model` passes. Changed: projections of the same input
-            are joined in memory, and with `kernels` all linear layers become int8.
+            are joined in memory, and with `kernels` all linear layers become `Int8Linear`.
         kernels: Compute with these on the CPU; None computes with torch in the model's dtype.
     """
 
@@ -157,7 +157,9 @@ class Decoder:
         sizes = {f"embedding in {_name(weights.embedding)}": weights.embedding.nbytes}
         for linear in weights.linears:
             tensors = [*linear.parameters(), *linear.buffers()]  # type: ignore[attr-defined]
-            form = f"linear layers in {_name(max(tensors, key=lambda t: t.nbytes))}"
+            packed = isinstance(linear, Int8Linear)
+            name = "6 bits" if packed else _name(max(tensors, key=lambda t: t.nbytes))
+            form = f"linear layers in {name}"
             if tensors[0].data_ptr() != weights.embedding.data_ptr():  # tied: held once
                 sizes[form] = sizes.get(form, 0) + sum(tensor.nbytes for tensor in tensors)
         return sizes

@@ -111,7 +111,7 @@ def collect_weights(model: Any, *, kernels: CpuKernels | None) -> DecoderWeights
 
     Args:
         model: One that `check_model` passes.
-        kernels: Quantise dense layers to int8 for these kernels, each in the place of the
+        kernels: Quantise dense layers for these kernels, each in the place of the
             dense one; None leaves them as they are.
     """
     is_v1 = model.config.model_type == "qwen"

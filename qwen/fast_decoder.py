@@ -1,6 +1,7 @@
 """Chooses the fastest decoder that runs a loaded model where it is, and says in the log which.
 
-On a CPU int8 kernels, on a GPU CUDA graphs; what neither can run keeps Transformers' own forward.
+On a CPU our own kernels, on a GPU CUDA graphs; what neither can run keeps Transformers' own
+forward.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def kernels_folder() -> Path:
 
 
 def can_pack(folder: Path) -> bool:
-    """Tell whether `build_decoder` can pack weights into int8 on this machine's CPU."""
+    """Tell whether `build_decoder` can pack weights into 6 bits on this machine's CPU."""
     try:
         load_kernels(folder)
     except KernelsUnavailable:
@@ -58,9 +59,9 @@ def build_decoder(model: Any, *, kernels_folder: Path | None = None) -> Decoder 
         except KernelsUnavailable as reason:
             dtype = str(model.dtype).removeprefix("torch.")
             logger.warning(
-                "Decoding with dense %s weights, which is slower than int8: %s.", dtype, reason
+                "Decoding with dense %s weights, which is slower than 6 bits: %s.", dtype, reason
             )
         else:
-            logger.info("Decoding with int8 weights on the CPU")
+            logger.info("Decoding with 6-bit weights on the CPU")
             return Decoder(model, kernels=kernels)
     return Decoder(model)

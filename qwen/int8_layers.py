@@ -1,4 +1,4 @@
-"""All layers of a model in int8 on the CPU, as one call of the kernels.
+"""All layers of a quantised model on the CPU, as one call of the kernels.
 
 The order of what a layer computes is that of `qwen.decoder`, written down once more in the kernels
 (`run_layers`), so that a step crosses from Python to them once: with a call for each operation, a

@@ -1,8 +1,8 @@
-"""`Int8Linear`: a linear layer on the CPU that keeps weights in int8 and multiplies in int8.
+"""`Int8Linear`: a linear layer on the CPU that keeps weights in 6 bits and multiplies in int8.
 
-Weights have a scale for each group of inputs of an output; activations are quantised the same way,
-each token by itself, so a token's output does not depend on its neighbours. Knows no model beyond
-its linear layers; the arithmetic and the layout in memory are in `qwen.cpu_kernels`.
+Weights have a scale for each group of inputs of an output; activations are quantised to 8 bits in
+like groups, each token by itself, so a token's output does not depend on its neighbours. Knows no
+model beyond its linear layers; the arithmetic and the layout in memory are in `qwen.cpu_kernels`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qwen.cpu_kernels import CpuKernels
 
 
 class Int8Linear(nn.Module):
-    """A linear layer on int8 weights; inference only, float32 in and out.
+    """A linear layer on packed weights; inference only, float32 in and out.
 
     Args:
         packed: See `CpuKernels.pack`.

@@ -147,7 +147,7 @@ def _add_serving_arguments(parser: argparse.ArgumentParser) -> None:
         "--strict-reproducible",
         action="store_true",
         help="same seed, same reply, alone or beside others, also where that is slower: on a GPU "
-        "and with weights that are not int8",
+        "and with dense weights",
     )
 
 

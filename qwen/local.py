@@ -403,7 +403,7 @@ def _build_decoder(model: Any, kernels_folder: Path | None) -> tuple[Decoder | N
     if decoder is None and kernels_folder is not None and not cpu_has_bfloat16():
         model.float()  # it was read to be packed, and runs as it is: bfloat16 would be emulated
     is_packed = decoder is not None and decoder.is_exact
-    return decoder, "int8" if is_packed else describe_weights(model)
+    return decoder, "6-bit" if is_packed else describe_weights(model)
 
 
 def read_end_tokens(generation_config: Any, tokenizer: Any, texts: TextTokenizer) -> frozenset[int]:

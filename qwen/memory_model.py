@@ -34,8 +34,9 @@ _MAPPED_AT_ONCE = 65_536
 #: Copies of one row of logits in float32 while a token is chosen: scores, probabilities, their sum,
 #: sorted values with ids of 8 bytes.
 _SAMPLING_COPIES = 6
-#: Inputs that share a scale of two bytes where weights are packed into int8 (`qwen/kernels`).
-_PACKED_GROUP = 32
+#: Where weights are packed (`qwen/kernels`): bits of each, and inputs that share a scale of two
+#: bytes.
+_PACKED_BITS, _PACKED_GROUP = 6, 32
 #: The models that `qwen.decoder` runs.
 _PACKED_TYPES = ("qwen", "qwen2")
 
@@ -159,7 +160,7 @@ def estimate_memory(
         dtype: Of weights and computation.
         chunk: Tokens of a prompt that are read at once.
         kv_cache: "int8" keeps keys and values so; "auto" as the model computes.
-        packs: Weights of this dtype are read and packed into int8, as on a CPU by default.
+        packs: Weights of this dtype are read and packed into 6 bits, as on a CPU by default.
         on_gpu: Then the program's own memory is another one and is not counted.
         program: Bytes of the program without a model.
         further: Rows for whatever else the way of computing keeps.
@@ -218,15 +219,15 @@ def _weights(shape: ModelShape, width: int, context: int, *, mapped: bool) -> li
 def _packed_weights(
     shape: ModelShape, width: int, context: int, *, mapped: bool
 ) -> list[MemoryItem]:
-    """Weights in int8; dense ones pass through, layer by layer where they are mapped."""
+    """Weights in 6 bits; dense ones pass through, layer by layer where they are mapped."""
     matrices = shape.linear + (shape.head or shape.embedding)
-    packed = matrices + matrices // _PACKED_GROUP * 2 + shape.other * 4
+    packed = matrices * _PACKED_BITS // 8 + matrices // _PACKED_GROUP * 2 + shape.other * 4
     dense = 0 if mapped else (shape.linear + shape.head + shape.other) * width
     embedding = shape.embedding * width
     if mapped and shape.head:
         embedding = min(embedding, context * (shape.hidden_size * width + _MAPPED_AT_ONCE))
     return [
-        MemoryItem("weights: packed into int8", packed, "weights"),
+        MemoryItem("weights: packed into 6 bits", packed, "weights"),
         MemoryItem("weights: embedding, as far as it is read", embedding, "weights"),
         MemoryItem("weights: dense ones while they are packed", dense, "weights", "loading"),
         # Its pages are given back once it is packed, and it is the largest.

@@ -44,7 +44,7 @@ class Wish:
     """How a user wants to run a checkpoint; the words are those of `LoadOptions`.
 
     Attributes:
-        packs: Whether weights are packed into int8, as on a CPU where no dtype is asked for.
+        packs: Whether weights are packed into 6 bits, as on a CPU where no dtype is asked for.
     """
 
     device: Literal["auto", "cpu"] = "auto"

@@ -36,7 +36,7 @@ class Plan:
 
     Attributes:
         chunk: Tokens of a prompt that are read at once.
-        packs: Whether weights are packed into int8 once they are read.
+        packs: Whether weights are packed into 6 bits once they are read.
         num_gpus: Of how many GPUs the user wants to make use; None is as few as needed.
         can_offload: Whether weights may wait on disk.
     """

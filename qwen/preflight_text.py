@@ -57,7 +57,7 @@ def render_table(preflight: Preflight) -> str:
     """Return the table of the command line: every row, the verdict, what to do."""
     p = preflight
     cache = "" if p.plan.kv_cache == "auto" else f", cache in {p.plan.kv_cache}"
-    dtype = "int8" if p.plan.packs else p.plan.dtype
+    dtype = "6-bit" if p.plan.packs else p.plan.dtype
     title = f"{p.name} · {describe_place(p)} · {dtype}{cache} · {p.context:,} tokens"
     marks = {"always": "", "loading": "  (while loading)", "running": ""}
     rows = [(row.name, row.size, marks[row.phase]) for row in p.estimate.rows]

@@ -28,9 +28,20 @@ def test_packed_weights_are_within_half_a_step(kernels, columns):
     weight = random(19, columns)
     groups = torch.nn.functional.pad(weight, (0, -columns % 32)).view(19, -1, 32)
     # A scale is stored in bfloat16, which is up to 1/128 above the one that is wanted.
-    steps = (groups.abs().amax(-1) / 127 * (1 + 2**-7)).repeat_interleave(32, 1)[:, :columns]
+    steps = (groups.abs().amax(-1) / 32 * (1 + 2**-7)).repeat_interleave(32, 1)[:, :columns]
     assert kernels.group_size == 32
-    assert ((quantized(kernels, weight) - weight).abs() <= 0.5001 * steps).all()
+    wrong = (quantized(kernels, weight) - weight).abs()
+    # One side of 0 has 31 steps, the other 32: who would need the last one is a step away at most.
+    assert (
+        wrong <= torch.where(weight.abs() > 31 * steps / (1 + 2**-7), 1.0, 0.5001) * steps
+    ).all()
+
+
+def test_weights_of_five_bits_in_like_groups_keep_their_values(kernels):
+    codes = torch.randint(-16, 16, (40, 96), generator=torch.Generator().manual_seed(3))
+    codes[:, ::32] = -16
+    weight = codes * (2.0 ** torch.randint(-9, 2, (40, 3)).repeat_interleave(32, 1))
+    assert torch.equal(quantized(kernels, weight), weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -49,11 +49,11 @@ def test_int4_packs_the_layers_and_leaves_embedding_and_head():
     assert 5.9e9 < weights < 6.0e9
 
 
-def test_packing_takes_a_byte_for_each_weight_and_two_for_each_32():
+def test_packing_takes_six_bits_for_each_weight_and_two_bytes_for_each_32():
     mapped = replace(QWEN_7B, stored_dtype="bfloat16", model_type="qwen")
     matrices = QWEN_7B.linear + QWEN_7B.head
     embedding = 2048 * (4096 * 2 + 65536)
-    expected = matrices + matrices // 16 + 4 * QWEN_7B.other + embedding
+    expected = matrices * 6 // 8 + matrices // 16 + 4 * QWEN_7B.other + embedding
     assert estimate(mapped, packs=True).of_kind("weights") == expected
     assert estimate(replace(mapped, bits=4), packs=True) == estimate(replace(mapped, bits=4))
 

@@ -23,7 +23,7 @@ class OurBackend:
     """This project's backend without the page.
 
     Args:
-        dtype: Of `LoadOptions`: "auto" is int8, "bfloat16" the dense form.
+        dtype: Of `LoadOptions`: "auto" is 6 bits, "bfloat16" the dense form.
     """
 
     def __init__(self, dtype: str) -> None:

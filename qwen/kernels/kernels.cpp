@@ -22,11 +22,25 @@ inline void load_floats(const void* data, int64_t first, int64_t count, int dtyp
   }
 }
 
-// The smallest bfloat16 that is not below x, which is not negative.
-inline uint16_t bfloat16_above(float x) {
+// The nearest bfloat16 that is not nearer to 0 than x.
+inline uint16_t bfloat16_away(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   return uint16_t((bits + 0xffff) >> 16);
+}
+
+// Quantise a group to bytes from 0 to 63; returns their scale.
+inline uint16_t quantize_group(const float* values, uint8_t* bytes) {
+  float largest = 0;
+  for (int64_t i = 0; i < GROUP; ++i)
+    if (std::fabs(values[i]) > std::fabs(largest)) largest = values[i];
+  const uint16_t scale = bfloat16_away(largest / -float(ZERO));
+  const float inverse = largest != 0 ? 1.0f / bfloat16_to_float(scale) : 0.0f;
+  for (int64_t i = 0; i < GROUP; ++i) {
+    const float whole = std::nearbyint(values[i] * inverse);
+    bytes[i] = uint8_t(int32_t(std::min(float(ZERO - 1), whole)) + ZERO);
+  }
+  return scale;
 }
 
 // A queue of the passes of attention: `first` of the queries that share head `kv` of a sequence
@@ -41,7 +55,7 @@ extern "C" {
 
 // Of a linear layer; packed and scales from `pack`, bias may be missing.
 struct Weights {
-  const int8_t* packed;
+  const uint8_t* packed;
   const uint16_t* scales;
   const float* bias;
   int64_t outputs, inputs;
@@ -54,45 +68,43 @@ struct Layer {
 
 int64_t group_size() { return GROUP; }
 int64_t row_block() { return ROWS; }
+int64_t packed_bytes() { return PACKED_BYTES; }
 int64_t position_block() { return BLOCK; }
 int64_t position_room(int64_t dim) { return room(dim); }
 
 // Quantise weights of shape (outputs, inputs); dtype 0 float32, 1 bfloat16, 2 float16. Writes whole
-// blocks of ROWS outputs. A scale is rounded up before it is used, so that nothing is lost by it.
-void pack(const void* weight, int dtype, int64_t outputs, int64_t inputs, int8_t* packed,
+// blocks of ROWS outputs. The number of largest size in a group becomes -32, whatever its sign: so
+// what was quantised to 5 bits in like groups, as GGUF files are, keeps its values. A scale is
+// rounded away from 0 before it is used, so that nothing is lost by it.
+void pack(const void* weight, int dtype, int64_t outputs, int64_t inputs, uint8_t* packed,
           uint16_t* scales, int threads) {
   const int64_t groups = (inputs + GROUP - 1) / GROUP, blocks = (outputs + ROWS - 1) / ROWS;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t block = 0; block < blocks; ++block)
-    for (int64_t g = 0; g < groups; ++g)
+    for (int64_t place = block * groups; place < (block + 1) * groups; ++place) {
+      uint8_t* group = packed + place * PACKED_BYTES;
+      std::memset(group, 0, PACKED_BYTES);
       for (int64_t row = 0; row < ROWS; ++row) {
-        const int64_t n = block * ROWS + row, begin = g * GROUP;
+        const int64_t n = block * ROWS + row, begin = place % groups * GROUP;
         const int64_t count = n < outputs ? std::min(GROUP, inputs - begin) : 0;
-        float values[GROUP] = {0}, no_number;
+        float values[GROUP] = {0};
         load_floats(weight, n * inputs + begin, count, dtype, values);
-        const float largest = largest_magnitude(values, &no_number);
-        const uint16_t scale = bfloat16_above(largest / 127.0f);
-        const float inverse = largest > 0 ? 1.0f / bfloat16_to_float(scale) : 0.0f;
-        scales[(block * groups + g) * ROWS + row] = scale;
-        int8_t whole[GROUP];
-        round_to_bytes(values, inverse, whole);
-        if (UNSIGNED_WEIGHTS)
-          for (int64_t i = 0; i < GROUP; ++i) whole[i] = int8_t(whole[i] ^ 0x80);
-        int8_t* out = packed + (block * groups + g) * BLOCK_BYTES + row * QUAD;
-        for (int64_t i = 0; i < GROUP; i += QUAD) std::memcpy(out + i * ROWS, whole + i, QUAD);
+        uint8_t bytes[GROUP];
+        scales[place * ROWS + row] = quantize_group(values, bytes);
+        pack_row(bytes, row, group);
       }
+    }
 }
 
 // Writes the (outputs, inputs) that packed weights stand for.
-void unpack(const int8_t* packed, const uint16_t* scales, int64_t outputs, int64_t inputs,
+void unpack(const uint8_t* packed, const uint16_t* scales, int64_t outputs, int64_t inputs,
             float* weight) {
   const int64_t groups = (inputs + GROUP - 1) / GROUP;
   for (int64_t n = 0; n < outputs; ++n)
     for (int64_t i = 0; i < inputs; ++i) {
-      const int64_t place = n / ROWS * groups + i / GROUP, row = n % ROWS, within = i % GROUP;
-      int8_t value = packed[place * BLOCK_BYTES + (within / QUAD * ROWS + row) * QUAD + i % QUAD];
-      if (UNSIGNED_WEIGHTS) value = int8_t(value ^ 0x80);
-      weight[n * inputs + i] = value * bfloat16_to_float(scales[place * ROWS + row]);
+      const int64_t place = n / ROWS * groups + i / GROUP, row = n % ROWS;
+      const int32_t value = unpack_one(packed + place * PACKED_BYTES, row, i % GROUP);
+      weight[n * inputs + i] = float(value) * bfloat16_to_float(scales[place * ROWS + row]);
     }
 }
 

@@ -83,22 +83,18 @@ inline vf exp_up_to_88(vf x) {
 // Likewise, for any x; above 88 as at 88.
 inline vf fast_exp(vf x) { return exp_up_to_88(x > 88.0f ? fill(88.0f) : x); }
 
-// Whether `add_products` wants weights w as w + 128, without a sign.
-constexpr bool UNSIGNED_WEIGHTS = HAS_AVX512;
-
-// total + the four products of the bytes in each lane, exact. Bytes are within +-127; with
-// UNSIGNED_WEIGHTS, the total must begin with -128 times the sum of all activations.
+// total + the four products of the bytes in each lane, exact: weights from 0 to 63, activations
+// within +-127.
 inline vi add_products(vi total, vi weights, vi activations) {
 #if HAS_AVX512
   return vi(_mm512_dpbusd_epi32(__m512i(total), __m512i(weights), __m512i(activations)));
 #elif defined(__AVX2__)
-  const __m256i w = __m256i(weights), a = __m256i(activations);
-  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
+  const __m256i pairs = _mm256_maddubs_epi16(__m256i(weights), __m256i(activations));
   return total + vi(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #else
   for (int byte = 0; byte < 4; ++byte) {
     const int shift = 24 - 8 * byte;
-    total += (weights << shift >> 24) * (activations << shift >> 24);
+    total += (weights >> 8 * byte & 0xff) * (activations << shift >> 24);
   }
   return total;
 #endif
