@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwen.gptq_format import Bits
+
 #: Codes are 0…15; the zero point of symmetric weights is the code 8.
 LOWEST, HIGHEST, ZERO = 0, 15, 8
 
@@ -31,19 +33,26 @@ class QuantizedWeight:
     """A linear layer's weights as codes and scales.
 
     Attributes:
-        codes: (outputs, inputs) uint8 of 0…15.
+        codes: (outputs, inputs) uint8 of 0…15, or with 8 bits 0…255.
         scales: (outputs, groups) float16; negative ones are meant.
         group_size: Inputs that share a scale.
+        bits: Of a code.
     """
 
     codes: Tensor
     scales: Tensor
     group_size: int
+    bits: Bits = 4
+
+    @property
+    def zero(self) -> int:
+        """The code that means 0."""
+        return 1 << (self.bits - 1)
 
     def dequantize(self) -> Tensor:
         """Return (outputs, inputs) float32."""
         wide = self.scales.float().repeat_interleave(self.group_size, dim=1)
-        return (self.codes.float() - ZERO) * wide
+        return (self.codes.float() - self.zero) * wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +71,20 @@ class SolverOptions:
     rounds: int = 3
 
 
-def round_to_nearest(weight: Tensor, *, group_size: int) -> QuantizedWeight:
+def round_to_nearest(weight: Tensor, *, group_size: int, bits: Bits = 4) -> QuantizedWeight:
     """Round each weight by itself, with the scale that reaches its group's largest weight.
 
     Args:
         weight: (outputs, inputs), float.
         group_size: Must divide the inputs.
+        bits: Of a code.
     """
+    middle = 1 << (bits - 1)
     groups = _grouped(weight, group_size)
-    scales = _storable(groups.abs().amax(-1) / (HIGHEST - ZERO))
-    codes = _rounded(groups, scales[..., None]).reshape(weight.shape)
-    return QuantizedWeight(codes.to(torch.uint8), scales.half(), group_size)
+    scales = _storable(groups.abs().amax(-1) / (middle - 1))
+    levels = (groups / scales[..., None]).round_().clamp_(-middle, middle - 1)
+    codes = (levels + middle).to(torch.uint8).reshape(weight.shape)
+    return QuantizedWeight(codes, scales.half(), group_size, bits)
 
 
 def solve(weight: Tensor, hessian: Tensor, options: SolverOptions) -> QuantizedWeight:
