@@ -43,7 +43,7 @@ class QuantizeOptions:
     group_size: int = 128
     rtn: bool = False
     calibration: Path | None = None
-    samples: int = 64
+    samples: int = 24
     sequence_length: int = 512
     dtype: DenseDtype = "float16"
     damp_percent: float = 0.3

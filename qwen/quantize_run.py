@@ -135,7 +135,14 @@ class QuantizationRun:
             return
         kept = self._work.read_note()
         if kept is None:
-            parts = self._measure_parts()
+            self._report("Looking which layers need 8 bits")
+            parts = measure_parts(
+                self._dense,
+                self._calibration.ids,
+                group_size=self._options.group_size,
+                device=self._device,
+                report=self._report,
+            )
             chosen = choose_parts(parts, max_loss=self._options.max_loss)
             kept = [[part.layer, list(part.names)] for part in chosen]
             self._work.write_note(kept)
@@ -145,19 +152,6 @@ class QuantizationRun:
                 f"{sum(part.size for part in chosen) / size:.0%} of their weights get 8 bits"
             )
         self.in_8_bits = [Part(layer, tuple(names)) for layer, names in kept]
-
-    def _measure_parts(self) -> list[Part]:
-        assert self._calibration is not None
-        dense = self._dense
-        self._report("Loading the dense model")
-        dtype = torch.float32 if self._device == "cpu" else torch.bfloat16
-        return measure_parts(
-            dense.build_model(dense.read, dtype=dtype, device=self._device),
-            dense.layout,
-            self._calibration.ids,
-            group_size=self._options.group_size,
-            report=self._report,
-        )
 
     def _hidden_before(self, layer: int) -> Tensor | None:
         if self._calibration is None or layer == self._dense.count:

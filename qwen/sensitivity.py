@@ -3,14 +3,14 @@
 What rounding one matrix to 4 bits costs is estimated for all of them in one pass: with labels y
 drawn from the model's own distribution, KL(dense ‖ rounded) is about ½ · mean((g · ΔW x)²) over
 tokens, where g is the gradient of -log p(y) at the layer's output (the Fisher information, to
-second order). Knows no files; changes no weights.
+second order). Writes no files.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from qwen.backend import ReportProgress
 from qwen.gptq_format import GptqConfig, LayerRule
 from qwen.gptq_solver import round_to_nearest
-from qwen.quantize_layout import BlockLayout
+from qwen.quantize_layout import BlockLayout, DenseCheckpoint, LayerArguments
 
 #: Rows that the estimate reads, one of each kind of text, and tokens of each at most.
 _ROWS, _TOKENS = 3, 512
+#: Rows of the output matrix that are in float32 at once.
+_HEAD_ROWS = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,82 +78,110 @@ def build_rules(layout: BlockLayout, chosen: Sequence[Part], *, group_size: int)
 
 
 def measure_parts(
-    model: Any,
-    layout: BlockLayout,
+    dense: DenseCheckpoint,
     ids: Tensor,
     *,
     group_size: int,
+    device: str,
     report: ReportProgress,
 ) -> list[Part]:
-    """Estimate what each part of a model loses in 4 bits.
+    """Estimate what each part of a model loses in 4 bits; holds one layer in memory at a time.
 
     Args:
-        model: The dense one, without gradients.
-        layout: Of the model.
+        dense: The checkpoint.
         ids: (rows, seq_len) int64; the first few rows are read.
         group_size: Of the rounding.
+        device: Where to compute.
         report: Is told what is being done.
     """
-    blocks = model.get_submodule(layout.layers)
-    paths = [(index, name) for index in range(len(blocks)) for name in layout.linears]
-    linears = {path: blocks[path[0]].get_submodule(path[1]) for path in paths}
-    watch = _Watch(group_size)
-    hooks = [linear.register_forward_hook(watch.hook(path)) for path, linear in linears.items()]
-    rows = ids[:_ROWS, :_TOKENS]
-    try:
-        for number, row in enumerate(rows, start=1):
-            _backward(model, layout, row, seed=number)
-            report(f"Looking which layers need 8 bits: text {number} of {len(rows)} read")
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [
-        Part(
-            layer=index,
-            names=names,
-            size=sum(linears[index, name].weight.numel() for name in names),
-            loss=sum(watch.losses[index, name] for name in names) / rows.numel(),
-        )
-        for index in range(len(blocks))
-        for names in parts_of(layout)
-    ]
+    hidden = dense.embed(ids[:_ROWS, :_TOKENS]).to(device)
+    arguments = dense.arguments(hidden[:1])
+    before = []
+    for index in range(dense.count):
+        report("Reading a text", done=index, total=dense.count, unit="layers")
+        before.append(hidden)
+        block = dense.load_layer(index, device=device)
+        with torch.no_grad():
+            hidden = torch.cat([_run(block, row[None], arguments) for row in hidden])
+    gradient = _gradient_at_end(dense, hidden)
+    parts: list[Part] = []
+    for index in reversed(range(dense.count)):
+        report("Looking what it depends on", done=len(before), total=dense.count, unit="layers")
+        block = dense.load_layer(index, device=device).requires_grad_(False)
+        watch = _Watch(block, dense.layout, group_size)
+        inputs = before[index]
+        for row in range(len(inputs)):
+            leaf = inputs[row : row + 1].detach().requires_grad_()
+            _run(block, leaf, arguments).backward(gradient[row : row + 1])
+            assert leaf.grad is not None
+            gradient[row] = leaf.grad[0]
+        parts += watch.finish(index, tokens=gradient.shape[:2].numel())
+    return parts
 
 
-@dataclass(slots=True)
+def _run(block: Any, hidden: Tensor, arguments: LayerArguments) -> Tensor:
+    output = block(hidden, **arguments)
+    result: Tensor = output[0] if isinstance(output, tuple) else output
+    return result
+
+
 class _Watch:
-    group_size: int
-    losses: dict[tuple[int, str], float] = field(default_factory=dict)
+    """Adds up what rounding costs while gradients come back through a block."""
 
-    def hook(self, path: tuple[int, str]) -> Any:
-        """Return a forward hook that adds a linear layer's loss when the gradient comes back."""
-        self.losses[path] = 0.0
+    def __init__(self, block: Any, layout: BlockLayout, group_size: int) -> None:
+        self._layout = layout
+        self._linears = {name: block.get_submodule(name) for name in layout.linears}
+        self._losses = dict.fromkeys(self._linears, 0.0)
+        self._hooks = [
+            linear.register_forward_hook(self._hook(name, linear.weight, group_size))
+            for name, linear in self._linears.items()
+        ]
 
-        def forward(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            weight: Any = linear.weight
-            rounded = round_to_nearest(weight, group_size=self.group_size).dequantize()
-            with torch.no_grad():
-                change = inputs[0].float() @ (weight.float() - rounded).t()
+    def _hook(self, name: str, weight: Tensor, group_size: int) -> Any:
+        lost = (weight - round_to_nearest(weight, group_size=group_size).dequantize()).t()
+
+        def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            change = inputs[0].detach() @ lost
 
             def backward(gradient: Tensor) -> None:
-                felt = (gradient.float() * change).sum(-1)
-                self.losses[path] += float(felt.square().sum()) / 2
+                self._losses[name] += float((gradient * change).sum(-1).square().sum()) / 2
 
             output.register_hook(backward)
 
         return forward
 
+    def finish(self, layer: int, *, tokens: int) -> list[Part]:
+        for hook in self._hooks:
+            hook.remove()
+        return [
+            Part(
+                layer=layer,
+                names=names,
+                size=sum(self._linears[name].weight.numel() for name in names),
+                loss=sum(self._losses[name] for name in names) / tokens,
+            )
+            for names in parts_of(self._layout)
+        ]
 
-def _backward(model: Any, layout: BlockLayout, row: Tensor, *, seed: int) -> None:
-    """Send back the gradient of -log p of labels that the model draws itself."""
-    head = model.get_submodule(layout.head).weight
-    row = row.to(head.device)
-    embedded = model.get_submodule(layout.embedding)(row[None]).requires_grad_()
-    with torch.enable_grad():
-        hidden = model.base_model(inputs_embeds=embedded, use_cache=False)[0]
-    with torch.no_grad():
-        chances = nn.functional.linear(hidden[0], head).float().softmax(-1)
-        generator = torch.Generator(head.device).manual_seed(seed)
-        drawn = torch.multinomial(chances, 1, generator=generator)
-        chances.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=chances.dtype))
-        gradient = (chances.to(head.dtype) @ head)[None]
-    hidden.backward(gradient)
+
+def _gradient_at_end(dense: DenseCheckpoint, hidden: Tensor) -> Tensor:
+    """Return the gradient of -log p of labels that the model draws, at (rows, seq_len, hidden).
+
+    The head's rows are read in pieces, which in float32 would be large together.
+    """
+    norm, head = dense.load_end(device=str(hidden.device))
+    generator = torch.Generator(hidden.device).manual_seed(0)
+    gradients = []
+    for row in hidden:
+        leaf = row.detach().requires_grad_()
+        last = norm(leaf)
+        parts = torch.split(head, _HEAD_ROWS)
+        with torch.no_grad():
+            logits = torch.cat([last @ part.float().t() for part in parts], dim=-1)
+            chances = logits.softmax(-1)
+            drawn = torch.multinomial(chances, 1, generator=generator)
+            chances.scatter_add_(1, drawn, torch.full_like(drawn, -1, dtype=chances.dtype))
+            pieces = zip(torch.split(chances, _HEAD_ROWS, dim=1), parts, strict=True)
+            back = torch.stack([piece @ part.float() for piece, part in pieces]).sum(0)
+        gradients += torch.autograd.grad(last, leaf, back)
+    return torch.stack(gradients)
