@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qwen.backend import ReportProgress
+from qwen.errors import CheckpointDamaged
 from qwen.gptq_format import GptqConfig, LayerRule
 from qwen.gptq_solver import round_to_nearest
 from qwen.quantize_layout import BlockLayout, DenseCheckpoint, LayerArguments
@@ -93,6 +94,9 @@ def measure_parts(
         group_size: Of the rounding.
         device: Where to compute.
         report: Is told what is being done.
+
+    Raises:
+        CheckpointDamaged: What a layer gives is not finite.
     """
     hidden = dense.embed(ids[:_ROWS, :_TOKENS]).to(device)
     arguments = dense.arguments(hidden[:1])
@@ -103,6 +107,11 @@ def measure_parts(
         block = dense.load_layer(index, device=device)
         with torch.no_grad():
             hidden = torch.cat([_run(block, row[None], arguments) for row in hidden])
+        if not hidden.isfinite().all():
+            raise CheckpointDamaged(
+                f"{dense.layout.layers}.{index} gives values that are no finite numbers. Fetch the "
+                "checkpoint's safetensors files again."
+            )
     gradient = _gradient_at_end(dense, hidden)
     parts: list[Part] = []
     for index in reversed(range(dense.count)):
