@@ -310,10 +310,10 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-loss",
         type=float,
-        default=defaults.max_loss,
         metavar="NATS",
-        help="what 4 bits may cost a token by an estimate; layers that cost most get 8 bits until "
-        "that is met; 9 leaves 4 bits everywhere (%(default)s)",
+        help="what 4 bits may cost a token by an estimate, 0.03 say; layers that cost most get 8 "
+        "bits until that is met, for small models; not every reader of GPTQ takes such a "
+        "checkpoint (by default 4 bits everywhere)",
     )
     parser.add_argument(
         "--tune-tokens",

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from qwen.errors import InvalidSetting
 
 #: Counts up when the same options give other weights, so that no run goes on from older work.
-QUANTIZER_VERSION = 2
+QUANTIZER_VERSION = 3
 GROUP_SIZES = (128, 64, 32)
 
 DenseDtype = Literal["float16", "bfloat16"]
@@ -34,7 +34,8 @@ class QuantizeOptions:
         damp_percent: See `SolverOptions`.
         rounds: Likewise.
         max_loss: Nats a token that what has 4 bits may cost, by an estimate for rounded weights;
-            the layers that cost most get 8 bits until it is met. Without calibration none do.
+            the layers that cost most get 8 bits until it is met. None leaves 4 bits everywhere,
+            which every reader of GPTQ takes; so does rounding without calibration.
         tune_tokens: Tokens that the whole model is tuned on after its layers; 0 is none, None the
             device's default.
         tune_codes: Tune the codes too.
@@ -48,7 +49,7 @@ class QuantizeOptions:
     dtype: DenseDtype = "float16"
     damp_percent: float = 0.3
     rounds: int = 1
-    max_loss: float = 0.03
+    max_loss: float | None = None
     tune_tokens: int | None = None
     tune_codes: bool = False
 
@@ -70,7 +71,7 @@ def check_options(options: QuantizeOptions) -> None:
         raise InvalidSetting("The damping must be more than 0 and at most 1.")
     if options.rounds < 0:
         raise InvalidSetting("The number of rounds must be 0 or more.")
-    if not options.max_loss >= 0:
+    if options.max_loss is not None and not options.max_loss >= 0:
         raise InvalidSetting("The loss that 4 bits may cost must be 0 or more.")
     if options.tune_tokens is not None and options.tune_tokens < 0:
         raise InvalidSetting("The number of tokens to tune on must be 0 or more.")

@@ -75,7 +75,7 @@ def bytes_needed(dense: DenseCheckpoint, options: QuantizeOptions) -> int:
     others = 2 * (dense.weights_count - linear)
     tokens = 0 if options.rtn else options.samples * options.sequence_length
     hidden = 2 * 4 * tokens * dense.config.hidden_size
-    if not options.rtn:
+    if not options.rtn and options.max_loss is not None:
         packed += linear // 2  # should all layers get 8 bits
     tuned = 0
     if options.tune_tokens or (options.tune_tokens is None and not options.rtn):
@@ -131,7 +131,8 @@ class QuantizationRun:
 
     def _choose_bits(self) -> None:
         """Find the parts that get 8 bits, or take those that an earlier run has found."""
-        if self._calibration is None:
+        max_loss = self._options.max_loss
+        if self._calibration is None or max_loss is None:
             return
         kept = self._work.read_note()
         if kept is None:
@@ -143,7 +144,7 @@ class QuantizationRun:
                 device=self._device,
                 report=self._report,
             )
-            chosen = choose_parts(parts, max_loss=self._options.max_loss)
+            chosen = choose_parts(parts, max_loss=max_loss)
             kept = [[part.layer, list(part.names)] for part in chosen]
             self._work.write_note(kept)
             total, size = sum(part.loss for part in parts), sum(part.size for part in parts)

@@ -112,8 +112,10 @@ def test_inputs_that_overflow_are_named(source, tmp_path):
         weights["model.layers.0.mlp.gate_proj.weight"].mul_(1e30)
 
     change_weights(source, spoil)
-    with pytest.raises(CheckpointDamaged, match=r"layers\.0 gives values that are no finite"):
+    with pytest.raises(CheckpointDamaged, match="reads values that are no finite"):
         run(source, tmp_path / "new")
+    with pytest.raises(CheckpointDamaged, match=r"layers\.0 gives values that are no finite"):
+        run(source, tmp_path / "other", max_loss=0.03)
 
 
 def test_dense_weights_too_large_for_float16_are_named(source, tmp_path):

@@ -99,9 +99,16 @@ def test_rules_name_the_chosen_layers_and_no_others(layout):
     assert build_rules(names, [], group_size=64) == {}
 
 
+def test_by_default_every_layer_has_4_bits_and_nothing_is_estimated(sources, tmp_path, monkeypatch):
+    monkeypatch.delattr(quantize_run, "measure_parts")
+    run(sources / "qwen2", tmp_path / "it")
+    assert "dynamic" not in (tmp_path / "it" / "config.json").read_text()
+    assert "dynamic" not in (tmp_path / "it" / "quantize_config.json").read_text()
+
+
 @pytest.mark.parametrize("layout", TINY)
 def test_checkpoint_of_8_bits_throughout_answers_almost_as_the_dense_one(sources, tmp_path, layout):
-    run(sources / layout, tmp_path / "four", max_loss=9.0)
+    run(sources / layout, tmp_path / "four")
     run(sources / layout, tmp_path / "eight", max_loss=0.0)
     ids = random_ids(64, rows=3)
     exact = logits(load_folder(sources / layout)[0], ids)
