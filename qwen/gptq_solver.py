@@ -227,16 +227,16 @@ class _Search:
             self.scales[start:end] = torch.where(usable, _storable(solved), self.scales[start:end])
 
     def restore_gain(self) -> None:
-        """Scale each row so that what it gives is on average as large as before.
+        """Scale each row so that it has as much as before along the dense weights.
 
-        The least error has Q too small, tr(Q H Wᵀ) < tr(W H Wᵀ), by as much as the error itself
-        (the best guess of a value lies nearer to 0 than the value). That is little in one layer,
-        but the same way in all of them, for every token, and adds up; other errors cancel.
+        The least error makes Q too small (the best guess of a value lies nearer to 0 than the
+        value). That is little in one layer, but the same way in all of them, for every token, and
+        adds up; other errors cancel. Taken from the weights alone: measured with H, half as much is
+        found, and half as much lost more of what a whole model knows on other text.
         """
-        seen = self.weight @ self.hessian
-        aim = (self.weight * seen).sum(1, dtype=torch.float64)
         quantized = self.levels * self.scales.repeat_interleave(self.group_size, dim=1)
-        gain = aim / (quantized * seen).sum(1, dtype=torch.float64)
+        aim = self.weight.square().sum(1, dtype=torch.float64)
+        gain = aim / (quantized * self.weight).sum(1, dtype=torch.float64)
         gain = torch.where(gain.isfinite(), gain, 1.0).clamp(1 / _MAX_GAIN, _MAX_GAIN)
         self.scales = _storable(self.scales * gain.float()[:, None])
 

@@ -106,14 +106,13 @@ def test_every_round_lowers_the_error():
 
 
 @pytest.mark.parametrize("rounds", [0, 1])
-def test_output_is_as_large_as_before_and_not_smaller_in_every_row(rounds):
-    # The least error gives 0.98 to 0.995 here, which all layers of a model would multiply.
+def test_weights_do_not_shrink(rounds):
+    """The least error shrinks them by about 1 %, which all layers of a model would multiply."""
     weight, tokens = random_case(outputs=256)
     solved = solve(weight, hessian_of(tokens), options(rounds=rounds)).dequantize()
-    before, after = weight @ tokens.t(), solved @ tokens.t()
-    kept = (before * after).sum(1) / before.square().sum(1)
-    assert kept.mean() == pytest.approx(1, abs=0.0005)
-    assert kept.min() > 0.998
+    kept = (weight * solved).sum(1) / weight.square().sum(1)
+    assert kept.min() > 0.999
+    assert kept.max() < 1.001
 
 
 def test_codes_are_four_bits_and_scales_are_what_float16_holds():
