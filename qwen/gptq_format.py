@@ -9,13 +9,15 @@ and `out` outputs, bits b and group size G it stores
     scales   (groups, out)        float16
     g_idx    (in,)                int32  the group of each input; here always i // G
 
-and means w[o, i] = scales[g, o] * (code[i, o] - zero[g, o]) with g = i // G.
+and means w[o, i] = scales[g, o] * (code[i, o] - zero[g, o]) with g = i // G. Layers may have
+other bits or groups than the rest: GPTQModel's `dynamic` names them by regular expressions.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -46,15 +48,29 @@ class GptqConfig:
         group_size: Inputs that share a scale; -1 is all of them.
         sym: Whether every zero is the middle code.
         quantizes_head: Whether `lm_head` is quantised too.
+        rules: Layers that differ from the rest.
     """
 
     bits: Bits = 4
     group_size: int = 128
     sym: bool = True
     quantizes_head: bool = False
+    rules: tuple[LayerRule, ...] = ()
+
+    def for_layer(self, name: str) -> GptqConfig | None:
+        """Return the settings of one layer, by its name in the checkpoint; None if it is dense."""
+        for rule in self.rules:
+            if rule.pattern.match(name):
+                return rule.config
+        return replace(self, rules=())
 
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json says as `quantization_config`, in AutoGPTQ's words."""
+        rules: dict[str, dict[str, Any]] = {}
+        for rule in self.rules:
+            own = rule.config
+            sign, keys = ("-:", ()) if own is None else ("+:", ("bits", "group_size", "sym"))
+            rules[f"{sign}{rule.pattern.pattern}"] = {key: getattr(own, key) for key in keys}
         return {
             "quant_method": _FORMAT,
             "checkpoint_format": _FORMAT,
@@ -63,6 +79,7 @@ class GptqConfig:
             "sym": self.sym,
             "desc_act": False,
             "lm_head": self.quantizes_head,
+            **({"dynamic": rules} if rules else {}),
         }
 
     def groups(self, in_features: int) -> int:
@@ -73,6 +90,19 @@ class GptqConfig:
         """Return the `g_idx` of a layer: (in,) int32."""
         size = in_features if self.group_size == -1 else self.group_size
         return torch.arange(in_features, dtype=torch.int32) // size
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRule:
+    """How some layers differ from the rest; of several rules for a layer the first counts.
+
+    Attributes:
+        pattern: Matches the beginning of a layer's name.
+        config: Their settings; None leaves them dense.
+    """
+
+    pattern: re.Pattern[str]
+    config: GptqConfig | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +156,30 @@ def parse_gptq_config(settings: object, *, name: str) -> GptqConfig:
         group_size=group_size,
         sym=_read_flag(settings, "sym", name, default=True),
         quantizes_head=_read_flag(settings, "lm_head", name, default=False),
+        rules=_read_rules(settings, name),
     )
+
+
+def _read_rules(settings: Mapping[str, Any], name: str) -> tuple[LayerRule, ...]:
+    """Read GPTQModel's `dynamic`.
+
+    "-:PATTERN" leaves layers dense, "+:PATTERN" or a bare one gives them settings of their own.
+    """
+    dynamic = settings.get("dynamic") or {}
+    common = {key: value for key, value in settings.items() if key != "dynamic"}
+    rules = []
+    try:
+        for key, own in dynamic.items():
+            config = None
+            if not key.startswith("-:"):
+                config = parse_gptq_config(common | dict(own), name=name)
+            rules.append(LayerRule(re.compile(re.sub(r"^[+-]:", "", key)), config))
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise CheckpointDamaged(
+            f"The quantization settings of {name} name layers in a way that cannot be read "
+            "(dynamic). Fetch config.json again."
+        ) from error
+    return tuple(rules)
 
 
 def _check_method(settings: Mapping[str, Any], name: str) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from transformers.quantizers import auto as quantizers
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_gptq import GptqHfQuantizer
+from transformers.utils.quantization_config import GPTQConfig
 
 from qwen.checkpoint_files import load_json, weight_files
 from qwen.errors import CheckpointDamaged, CheckpointUnsupported
@@ -47,6 +48,16 @@ def register_gptq() -> None:
     """Make Transformers load GPTQ checkpoints by `GptqLoader`. May be called again."""
     loaders: dict[str, Any] = quantizers.AUTO_QUANTIZER_MAPPING
     loaders["gptq"] = _choose_loader
+    configs: dict[str, Any] = quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING
+    configs["gptq"] = _Settings
+
+
+class _Settings(GPTQConfig):
+    """Transformers' settings, which by themselves forget the layers that differ from the rest."""
+
+    def __init__(self, *args: Any, dynamic: Any = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.dynamic = dynamic
 
 
 def _choose_loader(config: Any, *, pre_quantized: bool = True, **kwargs: Any) -> HfQuantizer:
@@ -113,8 +124,11 @@ def describe_weights(model: Any) -> str:
 class StoredLayer(nn.Module):
     """A layer's GPTQ tensors while they are loaded; replaced by the layer that runs."""
 
-    def __init__(self, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    def __init__(
+        self, shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], config: GptqConfig
+    ) -> None:
         super().__init__()
+        self.config = config
         for part, (dtype, shape) in shapes.items():
             self.register_buffer(part, torch.empty(shape, dtype=dtype, device="meta"))
 
@@ -175,14 +189,17 @@ class GptqLoader(HfQuantizer):
                     "model. Fetch config.json and the weights from the same checkpoint."
                 )
             own_path, linear = found
-            _check_sizes(linear, parts, self._config, name=path)
-            model.set_submodule(own_path, StoredLayer(parts))
+            config = self._config.for_layer(path) or self._config  # what is packed is not dense
+            _check_sizes(linear, parts, config, name=path)
+            model.set_submodule(own_path, StoredLayer(parts, config))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """Replace each `StoredLayer` by the layer that runs, and free its tensors at once."""
         assert self._config is not None
         paths = [path for path, module in model.named_modules() if isinstance(module, StoredLayer)]
-        kernels = self._find_kernels(model.get_submodule(paths[0]), paths[0]) if paths else None
+        config = replace(self._config, rules=())
+        usual = [path for path in paths if model.get_submodule(path).config == config]
+        kernels = self._find_kernels(model.get_submodule(usual[0]), usual[0]) if usual else None
         dense = 0
         for path in paths:
             layer = self._build(model.get_submodule(path), path, kernels)
@@ -193,22 +210,20 @@ class GptqLoader(HfQuantizer):
         self._describe(kernels, dense=dense, total=len(paths))
 
     def _find_kernels(self, first: StoredLayer, path: str) -> GptqModelKernels | None:
-        assert self._config is not None
         _check_present(first, path)
-        kernels, problem = find_kernels(first.tensors(), self._config, dtype=self._dtype)
+        kernels, problem = find_kernels(first.tensors(), first.config, dtype=self._dtype)
         if problem:
             self.notices.append(problem)
         return kernels
 
     def _build(self, stored: StoredLayer, path: str, kernels: GptqModelKernels | None) -> nn.Module:
-        config = self._config
-        assert config is not None
+        config = stored.config
         _check_present(stored, path)
         tensors = stored.tensors()
         check_layer(tensors, config, name=path)
         if tensors.bias is not None and not tensors.bias.any():
             tensors = replace(tensors, bias=None)  # AutoGPTQ writes one for every layer
-        if kernels is not None:
+        if kernels is not None and kernels.config == config:
             return kernels.build(tensors)
         out_features, in_features = (
             tensors.scales.shape[1],
@@ -243,6 +258,11 @@ class GptqLoader(HfQuantizer):
             )
         elif dense < total:
             self.kernel = "int4"
+        if bits == 4 and dense and self._config.rules:
+            self.notices.append(
+                f"{dense} of the {total} quantised layers have 8 bits; they were unpacked to "
+                f"{str(self._dtype).removeprefix('torch.')} while loading."
+            )
         logger.info(
             "GPTQ: %d layers of %d bits, %d of them unpacked; run by %s",
             total,

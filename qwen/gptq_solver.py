@@ -16,11 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwen.gptq_format import Bits
+
 #: Codes are 0…15; the zero point of symmetric weights is the code 8.
 LOWEST, HIGHEST, ZERO = 0, 15, 8
 
 #: Fractions of the scale that would just reach a group's largest weight.
 _SHRINKS = tuple(1 - 0.025 * step for step in range(21))
+#: A row that would have to change by more is one of which little is left.
+_MAX_GAIN = 1.1
 _BLOCK = 128
 #: Rows of which the scales are solved at once; bounds the memory, (rows, groups, inputs).
 _SCALE_ROWS = 128
@@ -31,19 +35,26 @@ class QuantizedWeight:
     """A linear layer's weights as codes and scales.
 
     Attributes:
-        codes: (outputs, inputs) uint8 of 0…15.
+        codes: (outputs, inputs) uint8 of 0…15, or with 8 bits 0…255.
         scales: (outputs, groups) float16; negative ones are meant.
         group_size: Inputs that share a scale.
+        bits: Of a code.
     """
 
     codes: Tensor
     scales: Tensor
     group_size: int
+    bits: Bits = 4
+
+    @property
+    def zero(self) -> int:
+        """The code that means 0."""
+        return 1 << (self.bits - 1)
 
     def dequantize(self) -> Tensor:
         """Return (outputs, inputs) float32."""
         wide = self.scales.float().repeat_interleave(self.group_size, dim=1)
-        return (self.codes.float() - ZERO) * wide
+        return (self.codes.float() - self.zero) * wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +73,20 @@ class SolverOptions:
     rounds: int = 3
 
 
-def round_to_nearest(weight: Tensor, *, group_size: int) -> QuantizedWeight:
+def round_to_nearest(weight: Tensor, *, group_size: int, bits: Bits = 4) -> QuantizedWeight:
     """Round each weight by itself, with the scale that reaches its group's largest weight.
 
     Args:
         weight: (outputs, inputs), float.
         group_size: Must divide the inputs.
+        bits: Of a code.
     """
+    middle = 1 << (bits - 1)
     groups = _grouped(weight, group_size)
-    scales = _storable(groups.abs().amax(-1) / (HIGHEST - ZERO))
-    codes = _rounded(groups, scales[..., None]).reshape(weight.shape)
-    return QuantizedWeight(codes.to(torch.uint8), scales.half(), group_size)
+    scales = _storable(groups.abs().amax(-1) / (middle - 1))
+    levels = (groups / scales[..., None]).round_().clamp_(-middle, middle - 1)
+    codes = (levels + middle).to(torch.uint8).reshape(weight.shape)
+    return QuantizedWeight(codes, scales.half(), group_size, bits)
 
 
 def solve(weight: Tensor, hessian: Tensor, options: SolverOptions) -> QuantizedWeight:
@@ -92,6 +106,7 @@ def solve(weight: Tensor, hessian: Tensor, options: SolverOptions) -> QuantizedW
     for _ in range(options.rounds):
         search.solve_scales()
         search.improve_codes()
+    search.restore_gain()
     return search.result()
 
 
@@ -210,6 +225,20 @@ class _Search:
             solved = torch.linalg.solve(matrix, aim.double()).float()
             usable = solved.isfinite() & (levels != 0).any(-1)
             self.scales[start:end] = torch.where(usable, _storable(solved), self.scales[start:end])
+
+    def restore_gain(self) -> None:
+        """Scale each row so that it has as much as before along the dense weights.
+
+        The least error makes Q too small (the best guess of a value lies nearer to 0 than the
+        value). That is little in one layer, but the same way in all of them, for every token, and
+        adds up; other errors cancel. Taken from the weights alone: measured with H, half as much is
+        found, and half as much lost more of what a whole model knows on other text.
+        """
+        quantized = self.levels * self.scales.repeat_interleave(self.group_size, dim=1)
+        aim = self.weight.square().sum(1, dtype=torch.float64)
+        gain = aim / (quantized * self.weight).sum(1, dtype=torch.float64)
+        gain = torch.where(gain.isfinite(), gain, 1.0).clamp(1 / _MAX_GAIN, _MAX_GAIN)
+        self.scales = _storable(self.scales * gain.float()[:, None])
 
     def result(self) -> QuantizedWeight:
         codes = (self.levels + ZERO).to(torch.uint8)

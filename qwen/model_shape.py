@@ -68,7 +68,7 @@ def shape_of_config(values: Mapping[str, Any]) -> ModelShape:
     dtype = values.get("dtype") or values.get("torch_dtype")
     if isinstance(dtype, str) and dtype in _STORED.values():
         shape = replace(shape, stored_dtype=dtype)
-    return _packed(shape, quantization)
+    return _packed(shape, quantization, model)
 
 
 def _counted(model: Any, config: Any) -> ModelShape:
@@ -108,7 +108,7 @@ def _counted(model: Any, config: Any) -> ModelShape:
     )
 
 
-def _packed(shape: ModelShape, quantization: object) -> ModelShape:
+def _packed(shape: ModelShape, quantization: object, model: Any) -> ModelShape:
     if not isinstance(quantization, Mapping) or quantization.get("quant_method") != "gptq":
         return shape
     bits, size = quantization.get("bits"), quantization.get("group_size")
@@ -117,11 +117,41 @@ def _packed(shape: ModelShape, quantization: object) -> ModelShape:
             f"A GPTQ checkpoint of {bits} bits in groups of {size} is not read. Choose one of 4 or "
             "8 bits."
         )
+    dense, wide = _counted_apart(model, quantization, shape)
     size = shape.hidden_size if size == -1 else size
     # Codes, scales of two bytes and packed zeros; the rest is not packed.
-    stored = shape.linear * bits // 8 + shape.linear // size * (2 + bits // 8)
-    stored += 2 * (shape.parameters - shape.linear)
+    usual = shape.linear - dense - wide
+    stored = usual * bits // 8 + usual // size * (2 + bits // 8) + wide + wide // size * 3
+    stored += 2 * (shape.parameters - shape.linear + dense)
+    shape = replace(shape, linear=usual, other=shape.other + dense + wide)
     return replace(shape, bits=bits, group_size=size, stored_dtype=None, stored_bytes=stored)
+
+
+def _counted_apart(
+    model: Any, quantization: Mapping[str, Any], shape: ModelShape
+) -> tuple[int, int]:
+    """Count weights that differ from the rest: dense ones, and of 8 bits among ones of 4.
+
+    Both are dense once they are loaded.
+    """
+    if not quantization.get("dynamic"):
+        return 0, 0
+    from torch import nn
+
+    from qwen.gptq_format import parse_gptq_config
+
+    config = parse_gptq_config(quantization, name=f"a {shape.model_type} model")
+    output = model.get_output_embeddings()
+    dense = wide = 0
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or module is output:
+            continue
+        own = config.for_layer(name)
+        if own is None:
+            dense += module.weight.numel()
+        elif own.bits != config.bits:
+            wide += module.weight.numel()
+    return dense, wide
 
 
 def read_context_length(config: Any) -> int:

@@ -122,6 +122,7 @@ def _fill(
     """Work in a folder beside the target, which stays when the work is cut short."""
     from qwen.quantize_files import WorkFolder, fingerprint, only_one, write_papers
     from qwen.quantize_run import QuantizationRun, bytes_needed
+    from qwen.sensitivity import build_rules
     from qwen.tuning_run import tune_checkpoint
 
     part = target.with_name(target.name + ".part")
@@ -136,7 +137,8 @@ def _fill(
         run = QuantizationRun(dense, options, calibration, work, report, device=device)
         run.quantize_layers()
         tune_checkpoint(dense, options, work, report, tokenizer=tokenizer, device=run.device)
-        write_papers(dense.folder, part, build_papers(dense.raw_config, options))
+        rules = build_rules(dense.layout, run.in_8_bits, group_size=options.group_size)
+        write_papers(dense.folder, part, build_papers(dense.raw_config, options, rules=rules))
         written = work.assemble(layers=dense.count, max_shard_bytes=max_shard_bytes, report=report)
     work.finish(target)
     return written
@@ -229,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             dtype=options.dtype,
             damp_percent=options.damp_percent,
             rounds=options.rounds,
+            max_loss=options.max_loss,
             tune_tokens=options.tune_tokens,
             tune_codes=options.tune_codes,
         )
@@ -303,6 +306,14 @@ def _build_parser() -> argparse.ArgumentParser:
         type=int,
         default=defaults.rounds,
         help="how often scales and codes are improved after the first pass (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-loss",
+        type=float,
+        metavar="NATS",
+        help="what 4 bits may cost a token by an estimate, 0.03 say; layers that cost most get 8 "
+        "bits until that is met, for small models; not every reader of GPTQ takes such a "
+        "checkpoint (by default 4 bits everywhere)",
     )
     parser.add_argument(
         "--tune-tokens",

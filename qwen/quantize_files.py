@@ -137,6 +137,14 @@ class WorkFolder:
         with safe_open(path, framework="pt") as opened:
             return opened.get_tensor(name).clone() if name in opened.keys() else None  # noqa: SIM118
 
+    def write_note(self, note: Any) -> None:
+        """Keep what a run decided before its first layer, as JSON."""
+        _replace(self._note, lambda path: path.write_text(json.dumps(note) + "\n"))
+
+    def read_note(self) -> Any:
+        """Read that; None if nothing was decided yet."""
+        return json.loads(self._note.read_text()) if self._note.is_file() else None
+
     def tuned_done(self, key: str) -> bool:
         """Tell whether tensors were tuned under this key; forget those of another one."""
         for path in self._work.glob(f"*{_TUNED}"):
@@ -150,6 +158,10 @@ class WorkFolder:
 
     def _tuned(self, key: str) -> Path:
         return self._work / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}{_TUNED}"
+
+    @property
+    def _note(self) -> Path:
+        return self._work / "decided.json"
 
     @property
     def _rest(self) -> Path:

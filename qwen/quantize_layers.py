@@ -6,7 +6,7 @@ sequential), so what those have lost is known to it. Knows no files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +86,7 @@ def quantize_layer(
     arguments: LayerArguments,
     *,
     options: SolverOptions,
+    in_8_bits: Collection[str] = (),
 ) -> QuantizedLayer:
     """Quantise the linear layers of a block one after another.
 
@@ -96,14 +97,15 @@ def quantize_layer(
             the quantised block makes of them.
         arguments: What the block is called with besides.
         options: For the solver.
+        in_8_bits: Names of linear layers that are rounded to 8 bits, which loses next to nothing.
 
     Raises:
         CheckpointDamaged: A linear layer's weights or inputs are not finite.
     """
-    work = _Layer(block, layout, hidden_states, arguments, options)
-    work.quantize(layout.query_key_value, work.collect(work.normed(layout.attention_norm)))
+    work = _Layer(block, layout, hidden_states, arguments, options, in_8_bits)
+    work.quantize(layout.query_key_value, work.normed(layout.attention_norm))
     work.quantize_into_residual(layout.attention_out, work.collect(work.attended))
-    work.quantize(layout.gate_up, work.collect(work.normed(layout.mlp_norm)))
+    work.quantize(layout.gate_up, work.normed(layout.mlp_norm))
     work.quantize_into_residual(layout.mlp_out, work.collect(work.gated))
     return work.done
 
@@ -123,7 +125,9 @@ class _Layer:
         hidden_states: Tensor,
         arguments: LayerArguments,
         options: SolverOptions,
+        in_8_bits: Collection[str],
     ) -> None:
+        self._in_8_bits = frozenset(in_8_bits)
         self._block = block
         self._layout = layout
         self._hidden = hidden_states
@@ -169,21 +173,35 @@ class _Layer:
         """Return what a linear layer reads, (tokens, inputs) on the host."""
         return torch.cat([inputs_of(row)[0].cpu() for row in self._rows()])
 
-    def quantize(self, names: tuple[str, ...], inputs: Tensor) -> None:
+    def quantize(self, names: tuple[str, ...], inputs_of: Callable[[Tensor], Tensor]) -> None:
         """Quantise linear layers that read the same inputs."""
+        if self._in_8_bits.issuperset(names):
+            self._round(names)
+            return
+        inputs = self.collect(inputs_of)
         self._quantize(names, _Moments(inputs, torch.ones(len(inputs)), self._device))
 
     def quantize_into_residual(self, name: str, inputs: Tensor) -> None:
         """Quantise a linear layer that adds to the hidden states, and let it do so."""
         linear = self._block.get_submodule(name)
         residual = self._hidden.flatten(0, 1)
-        sizes = [
-            (before + linear(part.to(self._device)).cpu()).pow(2).mean(-1)
-            for before, part in zip(_parts(residual), _parts(inputs), strict=True)
-        ]
-        self._quantize((name,), _Moments(inputs, _counts(torch.cat(sizes)), self._device))
+        if name in self._in_8_bits:
+            self._round((name,))
+        else:
+            sizes = [
+                (before + linear(part.to(self._device)).cpu()).pow(2).mean(-1)
+                for before, part in zip(_parts(residual), _parts(inputs), strict=True)
+            ]
+            self._quantize((name,), _Moments(inputs, _counts(torch.cat(sizes)), self._device))
         for before, part in zip(_parts(residual), _parts(inputs), strict=True):
             before += linear(part.to(self._device)).cpu()
+
+    def _round(self, names: tuple[str, ...]) -> None:
+        for name in names:
+            linear: Any = self._block.get_submodule(name)
+            rounded = round_to_nearest(linear.weight, group_size=self._options.group_size, bits=8)
+            self.done.weights[name] = rounded
+            linear.weight.copy_(rounded.dequantize())
 
     def _quantize(self, names: tuple[str, ...], moments: _Moments) -> None:
         """Solve linear layers that read the same inputs as one, which is as exact and faster."""
@@ -219,10 +237,13 @@ def _parts(tokens: Tensor) -> tuple[Tensor, ...]:
 def _counts(sizes: Tensor) -> Tensor:
     """Weigh tokens by what an error would do to them.
 
-    The next norm divides by the residual's size. Without this the first token of a text, whose
-    activations are hundreds of times larger in most models, would outweigh all others.
+    The next norm divides by the residual's size, and the first token of a text has activations
+    that are hundreds of times larger in most models. Counted as it is, it would outweigh all
+    others; divided by the square of its size, it would be one of many, though every other token
+    attends to it in every later layer, so that its errors reach them all. Divided by the size it
+    counts as much as some hundred tokens, and being always nearly the same costs others little.
 
     Args:
         sizes: (tokens,) mean square of each token's hidden state.
     """
-    return sizes.clamp_min(1e-12).reciprocal() * sizes.median()
+    return (sizes.median() / sizes.clamp_min(1e-12)).sqrt()

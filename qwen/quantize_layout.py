@@ -232,6 +232,16 @@ class DenseCheckpoint:
         self._block.load_state_dict(weights, assign=True)
         return self._block
 
+    def load_end(self, *, device: str) -> tuple[nn.Module, Tensor]:
+        """Return the last norm, float32, and the output matrix as it is stored."""
+        layout = self.layout
+        head, embedding = f"{layout.head}.weight", f"{layout.embedding}.weight"
+        (name,) = (name for name in self.names_around() if name not in (head, embedding))
+        norm = self._skeleton.get_submodule(name.removesuffix(".weight"))
+        norm.load_state_dict({"weight": self.read(name).to(device).float()}, assign=True)
+        stored = head if head in self.stored else embedding
+        return norm.requires_grad_(False), self.read(stored).to(device)
+
     def build_model(self, read: ReadTensor, *, dtype: torch.dtype, device: str) -> Any:
         """Build the whole model.
 

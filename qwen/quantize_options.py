@@ -14,7 +14,7 @@ from typing import Any, Literal
 from qwen.errors import InvalidSetting
 
 #: Counts up when the same options give other weights, so that no run goes on from older work.
-QUANTIZER_VERSION = 1
+QUANTIZER_VERSION = 3
 GROUP_SIZES = (128, 64, 32)
 
 DenseDtype = Literal["float16", "bfloat16"]
@@ -33,6 +33,9 @@ class QuantizeOptions:
         dtype: Of what stays dense.
         damp_percent: See `SolverOptions`.
         rounds: Likewise.
+        max_loss: Nats a token that what has 4 bits may cost, by an estimate for rounded weights;
+            the layers that cost most get 8 bits until it is met. None leaves 4 bits everywhere,
+            which every reader of GPTQ takes; so does rounding without calibration.
         tune_tokens: Tokens that the whole model is tuned on after its layers; 0 is none, None the
             device's default.
         tune_codes: Tune the codes too.
@@ -41,11 +44,12 @@ class QuantizeOptions:
     group_size: int = 128
     rtn: bool = False
     calibration: Path | None = None
-    samples: int = 64
+    samples: int = 24
     sequence_length: int = 512
     dtype: DenseDtype = "float16"
     damp_percent: float = 0.3
     rounds: int = 1
+    max_loss: float | None = None
     tune_tokens: int | None = None
     tune_codes: bool = False
 
@@ -67,6 +71,8 @@ def check_options(options: QuantizeOptions) -> None:
         raise InvalidSetting("The damping must be more than 0 and at most 1.")
     if options.rounds < 0:
         raise InvalidSetting("The number of rounds must be 0 or more.")
+    if options.max_loss is not None and not options.max_loss >= 0:
+        raise InvalidSetting("The loss that 4 bits may cost must be 0 or more.")
     if options.tune_tokens is not None and options.tune_tokens < 0:
         raise InvalidSetting("The number of tokens to tune on must be 0 or more.")
 
@@ -79,10 +85,16 @@ def build_recipe(options: QuantizeOptions, *, calibration: str | None) -> dict[s
 
 
 def build_papers(
-    raw_config: Mapping[str, Any], options: QuantizeOptions
+    raw_config: Mapping[str, Any], options: QuantizeOptions, *, rules: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Build the configurations; the fields are those of the published Int4 checkpoints."""
-    settings = {
+    """Build the configurations; the fields are those of the published Int4 checkpoints.
+
+    Args:
+        raw_config: Of the source.
+        options: How it was quantised.
+        rules: GPTQModel's `dynamic`: layers that have other bits.
+    """
+    settings: dict[str, Any] = {
         "bits": 4,
         "group_size": options.group_size,
         "damp_percent": options.damp_percent,
@@ -93,6 +105,8 @@ def build_papers(
         "model_name_or_path": None,
         "model_file_base_name": "model",
     }
+    if rules:
+        settings["dynamic"] = dict(rules)
     config = {key: value for key, value in raw_config.items() if key != "dtype"}
     config |= {"torch_dtype": options.dtype}
     if config.get("model_type") == "qwen":  # switches that overrule the dtype while loading

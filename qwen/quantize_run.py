@@ -21,11 +21,12 @@ from qwen.errors import (
     is_out_of_memory,
 )
 from qwen.gptq_format import GptqConfig, pack_codes, pack_zeros
-from qwen.gptq_solver import ZERO, SolverOptions
+from qwen.gptq_solver import SolverOptions
 from qwen.quantize_files import WorkFolder
 from qwen.quantize_layers import QuantizedLayer, quantize_layer, round_layer
 from qwen.quantize_layout import DenseCheckpoint
 from qwen.quantize_options import GROUP_SIZES, QuantizeOptions
+from qwen.sensitivity import Part, choose_parts, measure_parts
 
 DeviceChoice = Literal["auto", "cpu"]
 
@@ -74,6 +75,8 @@ def bytes_needed(dense: DenseCheckpoint, options: QuantizeOptions) -> int:
     others = 2 * (dense.weights_count - linear)
     tokens = 0 if options.rtn else options.samples * options.sequence_length
     hidden = 2 * 4 * tokens * dense.config.hidden_size
+    if not options.rtn and options.max_loss is not None:
+        packed += linear // 2  # should all layers get 8 bits
     tuned = 0
     if options.tune_tokens or (options.tune_tokens is None and not options.rtn):
         tuned = linear // options.group_size * 2 + others // 8
@@ -100,6 +103,7 @@ class QuantizationRun:
         self._work = work
         self._report = report
         self._device = _choose_device(device)
+        self.in_8_bits: list[Part] = []
 
     @property
     def device(self) -> str:
@@ -114,6 +118,7 @@ class QuantizationRun:
         if first:
             self._report(f"Going on after {first} of {self._dense.count} layers")
         try:
+            self._choose_bits()
             with torch.inference_mode():
                 hidden = self._hidden_before(first)
                 for index in range(first, self._dense.count):
@@ -123,6 +128,31 @@ class QuantizationRun:
             if not is_out_of_memory(error):
                 raise
             raise OutOfMemory(_memory_advice(self._device)) from error
+
+    def _choose_bits(self) -> None:
+        """Find the parts that get 8 bits, or take those that an earlier run has found."""
+        max_loss = self._options.max_loss
+        if self._calibration is None or max_loss is None:
+            return
+        kept = self._work.read_note()
+        if kept is None:
+            self._report("Looking which layers need 8 bits")
+            parts = measure_parts(
+                self._dense,
+                self._calibration.ids,
+                group_size=self._options.group_size,
+                device=self._device,
+                report=self._report,
+            )
+            chosen = choose_parts(parts, max_loss=max_loss)
+            kept = [[part.layer, list(part.names)] for part in chosen]
+            self._work.write_note(kept)
+            total, size = sum(part.loss for part in parts), sum(part.size for part in parts)
+            self._report(
+                f"Rounded to 4 bits, the layers would cost about {total:.3f} nats a token; "
+                f"{sum(part.size for part in chosen) / size:.0%} of their weights get 8 bits"
+            )
+        self.in_8_bits = [Part(layer, tuple(names)) for layer, names in kept]
 
     def _hidden_before(self, layer: int) -> Tensor | None:
         if self._calibration is None or layer == self._dense.count:
@@ -144,7 +174,10 @@ class QuantizationRun:
         else:
             arguments = dense.arguments(hidden[:1].to(self._device))
             solver = SolverOptions(options.group_size, options.damp_percent, options.rounds)
-            layer = quantize_layer(block, dense.layout, hidden, arguments, options=solver)
+            eight = {n for part in self.in_8_bits if part.layer == index for n in part.names}
+            layer = quantize_layer(
+                block, dense.layout, hidden, arguments, options=solver, in_8_bits=eight
+            )
             self._work.write_hidden(hidden, layer=index + 1)
         self._work.write_layer(index, self._stored(index, layer))
         self._work.forget_hidden(layer=index)
@@ -171,10 +204,11 @@ class QuantizationRun:
                     "checkpoint (float16). This checkpoint cannot be quantised."
                 )
             outputs, inputs = weight.codes.shape
-            config = GptqConfig(bits=4, group_size=weight.group_size)
-            zeros = torch.full((config.groups(inputs), outputs), ZERO)
-            tensors[f"{prefix}{name}.qweight"] = pack_codes(weight.codes.t().cpu())
-            tensors[f"{prefix}{name}.qzeros"] = pack_zeros(zeros)
+            bits = weight.bits
+            config = GptqConfig(bits=bits, group_size=weight.group_size)
+            zeros = torch.full((config.groups(inputs), outputs), weight.zero)
+            tensors[f"{prefix}{name}.qweight"] = pack_codes(weight.codes.t().cpu(), bits=bits)
+            tensors[f"{prefix}{name}.qzeros"] = pack_zeros(zeros, bits=bits)
             tensors[f"{prefix}{name}.scales"] = weight.scales.t().cpu()
             tensors[f"{prefix}{name}.g_idx"] = config.group_index(inputs)
         return tensors

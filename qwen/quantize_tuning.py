@@ -105,6 +105,9 @@ def build_student(
         student.set_submodule(name, teacher.get_submodule(name))
     for path in linear_paths(dense):
         parts = {part: read(f"{path}.{part}") for part in ("qweight", "scales", "bias")}
+        if _has_8_bits(parts["qweight"], teacher.get_submodule(path)):
+            student.set_submodule(path, teacher.get_submodule(path))  # as good as dense
+            continue
         moved = {k: None if v is None else v.to(device) for k, v in parts.items()}
         qweight, scales = moved["qweight"], moved["scales"]
         assert qweight is not None and scales is not None, "a finished layer has all its tensors"
@@ -115,6 +118,10 @@ def build_student(
         # What a block computes is not kept but computed again when gradients are.
         block.forward = partial(_recomputed, block.forward)
     return student
+
+
+def _has_8_bits(qweight: Tensor | None, linear: nn.Linear) -> bool:
+    return qweight is not None and len(qweight) * 4 == linear.in_features
 
 
 def _recomputed(forward: Any, hidden_states: Tensor, **arguments: Any) -> Any:
@@ -286,7 +293,7 @@ def _release(
         owner, _, attribute = name.rpartition(".")
         module = modules[owner]
         if isinstance(module, nn.Embedding | nn.Linear):
-            continue  # embedding and head, which both models share
+            continue  # shared with the teacher: embedding, head, layers of 8 bits
         smallest = _SMALLEST_BIAS if attribute == "bias" else 0.0
         parameter = getattr(module, attribute)
         register_parametrization(module, attribute, RelativeChange(parameter.detach(), smallest))

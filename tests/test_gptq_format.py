@@ -209,3 +209,31 @@ def test_tensors_that_contradict_the_settings_are_damage(tensors, part, change):
 def test_another_group_size_than_the_settings_say_is_damage(tensors):
     with pytest.raises(CheckpointDamaged, match="group_size 64"):
         check_layer(tensors, GptqConfig(group_size=64), name="layer")
+
+
+DYNAMIC = {
+    "-:.*\\.0\\.mlp": {},
+    "+:.*down_proj": {"bits": 8, "group_size": 64},
+    ".*up_proj": {"group_size": 32},
+}
+
+
+def test_layers_that_differ_are_found_by_their_rules():
+    config = parse_gptq_config(PUBLISHED | {"dynamic": DYNAMIC}, name="x")
+    assert config.for_layer("model.layers.0.mlp.down_proj") is None  # the first rule counts
+    assert config.for_layer("model.layers.1.mlp.down_proj") == GptqConfig(8, 64)
+    assert config.for_layer("model.layers.1.mlp.up_proj") == GptqConfig(4, 32)
+    assert config.for_layer("model.layers.0.self_attn.q_proj") == GptqConfig(4, 128)
+    again = parse_gptq_config(config.to_dict(), name="x")
+    assert again == config
+
+
+@pytest.mark.parametrize("dynamic", [["a"], {"+:(": {}}, {"+:a": 8}, {1: {}}])
+def test_rules_that_cannot_be_read_are_damage(dynamic):
+    with pytest.raises(CheckpointDamaged, match="dynamic"):
+        parse_gptq_config(PUBLISHED | {"dynamic": dynamic}, name="x")
+
+
+def test_rule_that_asks_for_what_is_not_run_is_refused():
+    with pytest.raises(CheckpointUnsupported, match="desc_act"):
+        parse_gptq_config(PUBLISHED | {"dynamic": {"+:a": {"desc_act": True}}}, name="x")

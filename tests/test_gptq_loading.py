@@ -20,7 +20,7 @@ from tiny_v1 import write_tiny_v1
 
 from qwen import AutoModelForCausalLM
 from qwen.errors import CheckpointDamaged, CheckpointUnsupported
-from qwen.gptq_format import GptqConfig, pack_zeros
+from qwen.gptq_format import GptqConfig, LayerRule, pack_zeros
 from qwen.gptq_loading import describe_weights
 from qwen.load_options import LoadOptions
 from qwen.loading import load_folder, load_model
@@ -144,6 +144,23 @@ def test_layer_left_dense_in_the_file_stays_dense(tmp_path):
     some, twin = quantize_folder(source, tmp_path / "few", only=re.compile(r"mlp.*_proj\.weight$"))
     model, _ = load_folder(some)
     assert len(layers_of(model, torch.nn.Linear)) == 1 + 2 * 4
+    assert_close(logits(model), logits(load_folder(twin)[0]))
+
+
+def test_layers_of_other_bits_and_dense_ones_load_by_their_rules(tmp_path):
+    rules = (
+        LayerRule(re.compile(r".*\.up_proj"), None),
+        LayerRule(re.compile(r"model\.layers\.0\.self_attn"), GptqConfig(8, 64)),
+    )
+    source = write_tiny_folder(tmp_path / "source")
+    config = GptqConfig(group_size=32, rules=rules)
+    quantised, twin = quantize_folder(source, tmp_path / "mixed", config)
+    loaded = load_model(str(quantised), device="cpu", dtype="float32")
+    model = loaded.model
+    dense = {name.removeprefix("model.layers.") for name in layers_of(model, torch.nn.Linear)}
+    attention = {f"0.self_attn.{part}_proj" for part in "qkvo"}
+    assert dense == {*attention, "0.mlp.up_proj", "1.mlp.up_proj", "lm_head"}
+    assert "4 of the 12 quantised layers have 8 bits" in loaded.notices[-1]
     assert_close(logits(model), logits(load_folder(twin)[0]))
 
 

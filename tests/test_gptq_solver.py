@@ -105,6 +105,16 @@ def test_every_round_lowers_the_error():
     assert errors[0] > errors[1] > errors[2]
 
 
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_weights_do_not_shrink(rounds):
+    """The least error shrinks them by about 1 %, which all layers of a model would multiply."""
+    weight, tokens = random_case(outputs=256)
+    solved = solve(weight, hessian_of(tokens), options(rounds=rounds)).dequantize()
+    kept = (weight * solved).sum(1) / weight.square().sum(1)
+    assert kept.min() > 0.999
+    assert kept.max() < 1.001
+
+
 def test_codes_are_four_bits_and_scales_are_what_float16_holds():
     weight, tokens = random_case()
     solved = solve(weight, hessian_of(tokens), options())

@@ -74,11 +74,12 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen.convert_tokenizer": (2, "tokenizers transformers jinja2"),
     "qwen.convert": (3, ""),
     # Dense → Int4.
-    "qwen.gptq_solver": (1, "torch"),
+    "qwen.gptq_solver": (1.1, "torch"),
     "qwen.quantize_options": (1, ""),
     "qwen.calibration": (1.5, "torch"),
     "qwen.quantize_layout": (2.8, "torch transformers safetensors"),
     "qwen.quantize_layers": (2.9, "torch"),
+    "qwen.sensitivity": (2.9, "torch"),
     "qwen.quantize_files": (2.9, "torch safetensors filelock"),
     "qwen.quantize_run": (3, "torch"),
     "qwen.tunable_linear": (1.5, "torch"),

@@ -115,6 +115,19 @@ def test_int4_settings_are_read():
     assert (shape.bits, shape.group_size, shape.stored_dtype) == (4, 128, None)
 
 
+def test_layers_of_8_bits_and_dense_ones_count_as_they_are_run():
+    usual = shape_of_config(QWEN2 | {"quantization_config": GPTQ})
+    rules = {"-:.*o_proj": {}, "+:.*layers\\.0\\.mlp": {"bits": 8}}
+    mixed = shape_of_config(QWEN2 | {"quantization_config": GPTQ | {"dynamic": rules}})
+    hidden, mlp = QWEN2["hidden_size"], QWEN2["intermediate_size"]
+    dense, wide = QWEN2["num_hidden_layers"] * hidden * hidden, 3 * hidden * mlp
+    assert mixed.linear == usual.linear - dense - wide
+    assert mixed.other == usual.other + dense + wide
+    assert mixed.parameters == usual.parameters
+    more = dense * 3 / 2 + wide / 2  # 12 and 4 bits a weight, but for scales and zeros
+    assert mixed.stored_bytes - usual.stored_bytes == pytest.approx(more, rel=0.05)
+
+
 @pytest.mark.parametrize("change", [{"bits": 3}, {"group_size": 0}, {"bits": "4"}])
 def test_other_int4_settings_are_refused(change):
     with pytest.raises(CheckpointUnsupported, match="4 or 8 bits"):

@@ -114,6 +114,8 @@ def test_inputs_that_overflow_are_named(source, tmp_path):
     change_weights(source, spoil)
     with pytest.raises(CheckpointDamaged, match="reads values that are no finite"):
         run(source, tmp_path / "new")
+    with pytest.raises(CheckpointDamaged, match=r"layers\.0 gives values that are no finite"):
+        run(source, tmp_path / "other", max_loss=0.03)
 
 
 def test_dense_weights_too_large_for_float16_are_named(source, tmp_path):
@@ -199,7 +201,8 @@ def test_memory_that_runs_out_is_explained(sources, tmp_path, monkeypatch, devic
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(quantize_layout.DenseCheckpoint, "load_layer", fail)
+    for step in ("embed", "load_layer"):
+        monkeypatch.setattr(quantize_layout.DenseCheckpoint, step, fail)
     monkeypatch.setattr(quantize_run, "_choose_device", lambda _: device)
     with pytest.raises(OutOfMemory, match=says):
         run(sources / "qwen2", tmp_path / "new")

@@ -70,8 +70,11 @@ def quantize_folder(source, target, config=None, *, only=LINEARS, zero_biases=Tr
     twin = dict(tensors)
     for name in [name for name in tensors if only.search(name)]:
         path = name.removesuffix(".weight")
-        stored = round_weight(tensors.pop(name), config, bias=tensors.pop(f"{path}.bias", None))
-        twin[name] = dequantize(stored, config)
+        own = config.for_layer(path)
+        if own is None:
+            continue
+        stored = round_weight(tensors.pop(name), own, bias=tensors.pop(f"{path}.bias", None))
+        twin[name] = dequantize(stored, own)
         if f"{path}.bias" in twin:
             twin[f"{path}.bias"] = stored.bias.float()
         for part in ("qweight", "qzeros", "scales", "g_idx", "bias"):
@@ -81,7 +84,9 @@ def quantize_folder(source, target, config=None, *, only=LINEARS, zero_biases=Tr
         shutil.copytree(source, folder)
         weights = {name: tensor.contiguous() for name, tensor in weights.items()}
         save_file(weights, Path(folder) / WEIGHTS, metadata={"format": "pt"})
-    settings = PUBLISHED | {key: config.to_dict()[key] for key in ("bits", "group_size", "sym")}
+    written = config.to_dict()
+    keys = {"bits", "group_size", "sym", "dynamic"} & written.keys()
+    settings = PUBLISHED | {key: written[key] for key in keys}
     edit_json(Path(target) / "config.json", quantization_config=settings)
     return Path(target), dense
 
