@@ -1,7 +1,7 @@
-// Kernels of the decoder on a CPU: linear layers in int8, RMSNorm, rotary embedding, attention, gated
-// activation. A plain C interface, called by `qwen.cpu_kernels`. Rows are computed in a fixed order
-// of additions, so that a token's numbers do not depend on how many tokens are computed with it or by
-// how many threads.
+// Kernels of the decoder on a CPU: linear layers on packed weights, RMSNorm, rotary embedding,
+// attention, gated activation, and all of a model's layers. A plain C interface, called by
+// `qwen.cpu_kernels`. Rows are computed in a fixed order of additions, so that a token's numbers do
+// not depend on how many tokens are computed with it or by how many threads.
 
 #include "attention.h"
 #include "linear.h"
@@ -37,8 +37,8 @@ inline uint16_t quantize_group(const float* values, uint8_t* bytes) {
   const uint16_t scale = bfloat16_away(largest / -float(ZERO));
   const float inverse = largest != 0 ? 1.0f / bfloat16_to_float(scale) : 0.0f;
   for (int64_t i = 0; i < GROUP; ++i) {
-    const float whole = std::nearbyint(values[i] * inverse);
-    bytes[i] = uint8_t(int32_t(std::min(float(ZERO - 1), whole)) + ZERO);
+    const float whole = std::min(float(ZERO - 1), std::nearbyint(values[i] * inverse));
+    bytes[i] = uint8_t(int32_t(std::max(-float(ZERO), whole)) + ZERO);
   }
   return scale;
 }
