@@ -189,7 +189,7 @@ HELPFUL = Tool(
     "get_weather", 'Tells the weather of a city. Example of an Action Input: {"city": "Rome"}', CITY
 )
 PARIS = Message("user", "What is the weather in Paris?")
-UMBRELLA = Message("user", "So, do I need an umbrella? Answer in plain English.")
+DEGREES = Message("user", "So, how many degrees is it there now? Answer in plain English.")
 
 
 def talk(backend, *messages, choice="auto", prefix=""):
@@ -219,8 +219,8 @@ def test_embedded_model_calls_a_tool_and_answers_from_its_result(embedded_backen
     result = Message("tool", '{"temperature": 21, "sky": "clear"}', tool_call_id=call.id)
     begun = talk(embedded_backend, PARIS, asked, result, prefix="The weather")
     assert "21" in text_of(begun) and begun[-1].finish_reason == "stop"
-    events = talk(embedded_backend, PARIS, asked, result, UMBRELLA)
-    assert text_of(events).startswith("No") and not calls_of(events)
+    events = talk(embedded_backend, PARIS, asked, result, DEGREES)
+    assert "21" in text_of(events) and not calls_of(events)
 
 
 @pytest.fixture(scope="module")
