@@ -136,7 +136,8 @@ class ReplyHandlers:
             from_box: The text was typed into the box, which is emptied when the reply begins.
         """
         if typed is not None and not typed.strip():
-            yield self._refused(session, session.words("empty"), typed=typed)
+            # What the box shows stays: typed before the page was ready, it may not have been sent.
+            yield self._refused(session, session.words("empty"))
             return
         before = session.conversation
         accepted = False
