@@ -97,7 +97,9 @@ def test_message_without_text_never_reaches_the_model(stranger, text):
     someone = stranger(backend := FakeBackend("alpha"))
     someone.send(text)
     assert not backend.requests
-    assert "The message is empty" in someone.follow()["notice"]
+    shown = someone.follow()
+    assert "The message is empty" in shown["notice"]
+    assert shown["box"] == {"__type__": "update"}  # left as it is in the browser
 
 
 @pytest.mark.parametrize("value", [5, ["x"], {"path": "/etc/passwd"}])
