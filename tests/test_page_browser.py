@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import pytest
 from fake_backend import FakeBackend, ready, wait_until
 from gradio.context import Context
 from page_driver import PATIENCE, PageDriver
-from playwright.sync_api import Browser, BrowserContext, expect
+from playwright.sync_api import APIResponse, Browser, BrowserContext, Route, expect
 
 from qwen.backend import BackendInfo, DeferredBackend, MemoryUse
 from qwen.errors import CheckpointNotFound, DoesNotFit, OutOfMemory
@@ -367,6 +368,36 @@ def test_tab_that_stays_open_over_a_restart_of_the_server_keeps_its_history(
         demo.close(verbose=False)
 
 
+def test_reply_stays_when_the_answer_that_opens_the_page_comes_after_it(
+    open_tab, serve_page, new_context
+):
+    url = serve_page(FakeBackend("alpha beta"))
+    events = httpx.get(url + "config").json()["dependencies"]
+    (opening,) = (event["id"] for event in events if event["api_name"] == "open_page")
+    late: list[tuple[Route, APIResponse]] = []
+
+    def hold(route: Route) -> None:
+        if route.request.post_data_json["fn_index"] == opening:
+            late.append((route, route.fetch()))
+        else:
+            route.continue_()
+
+    context = new_context()
+    context.route("**/run/predict*", hold)
+    tab = open_tab(url, context)
+    tab.send("hello")
+    tab.expect_reply("alpha beta")
+    tab.wait_for_end()
+    ((route, answer),) = late
+    with tab.page.expect_response(lambda r: f'"fn_index":{opening},' in r.request.post_data):
+        route.fulfill(response=answer)
+    tab.page.wait_for_timeout(1000)  # what is wrongly shown would be shown by now
+    assert tab.texts()[0] == "hello"
+    tab.expect_reply("alpha beta")
+    tab.ask("again")
+    tab.expect_questions("hello", "again")
+
+
 def test_two_browsers_see_nothing_of_each_other(open_tab, serve_page):
     url = serve_page(FakeBackend(lambda request: f"re {request.messages[-1].content}"))
     first, second = open_tab(url), open_tab(url)
@@ -650,6 +681,16 @@ def test_page_speaks_the_language_of_the_browser(chat, locale, send, regenerate,
     expect(tab.action("regenerate")).to_have_text(regenerate)
     tab.page.get_by_text(example).click()
     tab.expect_reply("alpha")
+
+
+def test_settings_are_reached_by_keyboard_only_while_their_panel_is_open(chat):
+    tab = chat(FakeBackend("alpha"))
+    prompt = tab.page.locator(".sidebar textarea")
+    expect(prompt).to_be_hidden()
+    tab.open_settings()
+    expect(prompt).to_be_visible()
+    tab.open_settings()
+    expect(prompt).to_be_hidden()
 
 
 def test_message_box_has_a_name_for_screen_readers(chat):

@@ -1,5 +1,7 @@
 """One page: one reply at a time, stopped by its own Stop."""
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -81,6 +83,19 @@ def test_only_a_reply_that_was_cut_off_can_be_continued(last_note, can):
 def test_question_without_a_reply_cannot_be_continued():
     assert not session_with(Conversation().ask("a")).can_continue
     assert not session_with().can_continue
+
+
+def test_events_of_one_page_get_the_same_session_whichever_is_first():
+    def request(page):
+        return SimpleNamespace(headers={}, session_hash=page)
+
+    first = restored_session(request("one"), None)
+    assert restored_session(request("one"), None) is first
+    assert restored_session(request("another"), None) is not first
+    gone = weakref.ref(first)
+    del first
+    gc.collect()
+    assert gone() is None  # nothing is kept of a page that is closed
 
 
 def test_session_speaks_the_language_of_its_browser():

@@ -47,6 +47,15 @@ class HistoryHandlers:
         controls = restored_controls(stored.get("controls"), self.default_controls())
         return (*self._page.opened(session, controls), *controls)
 
+    def settle_page(self, session: PageSession | None, *controls: Any) -> Updates:
+        """Show again what a message has changed that was sent before the page was open.
+
+        The answer of `open_page` can reach the browser after parts of that message's reply.
+        """
+        if session is None or not (session.is_busy or session.ended):
+            return self._page.none()
+        return self._page.whole(session, controls)
+
     def undo(
         self,
         request: gr.Request,

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from weakref import WeakValueDictionary
 
 import gradio as gr
 
@@ -17,6 +18,10 @@ from qwen.errors import InvalidConversation, InvalidRequest
 from webapp.conversation import Conversation, parse_conversation
 from webapp.text import Words, words_for
 from webapp.views import WINDOW, Bubbles
+
+#: Sessions in use, by Gradio's name of their page; see `restored_session`.
+_pages: WeakValueDictionary[str, PageSession] = WeakValueDictionary()
+_pages_lock = threading.Lock()
 
 
 class PageBusy(InvalidRequest):
@@ -121,9 +126,21 @@ def host_of(request: gr.Request) -> str:
 def restored_session(request: gr.Request, saved: object) -> PageSession:
     """Make a page's session from what its browser stored, in the browser's language.
 
-    Used when a page opens, and when a page outlives the server that knew it. A conversation that
-    is refused leaves the session empty, with the reason in it.
+    Used when a page opens, and when a page outlives the server that knew it. A message can be sent
+    before the page has its session; the events of one page get the same one, whichever is first. A
+    conversation that is refused leaves the session empty, with the reason in it.
     """
+    page = getattr(request, "session_hash", None)
+    with _pages_lock:
+        session = _pages.get(page) if page else None
+        if session is None:
+            session = _new_session(request, saved)
+            if page:
+                _pages[page] = session
+    return session
+
+
+def _new_session(request: gr.Request, saved: object) -> PageSession:
     session = PageSession(words_for(request.headers.get("accept-language")))
     stored = saved.get("conversation") if isinstance(saved, Mapping) else None
     if stored is None:

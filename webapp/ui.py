@@ -284,11 +284,12 @@ def _wire_completion(c: Components, completion: CompletionHandlers) -> None:
 
 def _wire_page(demo: gr.Blocks, c: Components, handlers: Handlers) -> None:
     controls = [c[name] for name in CONTROLS]
-    opened = [*(c[name] for name in VIEW), *controls]
+    view = [c[name] for name in VIEW]
     status = [*(c[name] for name in STATUS_VIEW), *controls, c["context"]]
     show = (handlers.loading.show_status, [c["session"], *controls], status)
-    demo.load(handlers.history.open_page, c["saved"], opened, **INSTANT_EVENT).then(
-        *show, **INSTANT_EVENT
-    )
+    opening = demo.load(handlers.history.open_page, c["saved"], [*view, *controls], **INSTANT_EVENT)
+    opening.then(
+        handlers.history.settle_page, [c["session"], *controls], view, **INSTANT_EVENT
+    ).then(*show, **INSTANT_EVENT)
     c["clock"].tick(*show, **INSTANT_EVENT)
     c["retry"].click(handlers.loading.retry, None, c["clock"], **INSTANT_EVENT)
