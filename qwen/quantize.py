@@ -252,6 +252,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _loss(text: str) -> float | None:
+    try:
+        return None if text == "off" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a number nor off") from None
+
+
 def _build_parser() -> argparse.ArgumentParser:
     defaults = QuantizeOptions()
     parser = argparse.ArgumentParser(
@@ -309,11 +316,12 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max-loss",
-        type=float,
+        type=_loss,
+        default=defaults.max_loss,
         metavar="NATS",
-        help="what 4 bits may cost a token by an estimate, 0.03 say; layers that cost most get 8 "
-        "bits until that is met, for small models; not every reader of GPTQ takes such a "
-        "checkpoint (by default 4 bits everywhere)",
+        help="what 4 bits may cost a token by an estimate; layers that cost most get 8 bits until "
+        "that is met, many in a small model (%(default)s); off: 4 bits everywhere, for readers of "
+        "GPTQ that know nothing else",
     )
     parser.add_argument(
         "--tune-tokens",

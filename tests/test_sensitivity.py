@@ -14,10 +14,13 @@ from qwen import quantize_run
 from qwen.gptq_format import GptqConfig, parse_gptq_config
 from qwen.gptq_solver import round_to_nearest
 from qwen.loading import load_folder
+from qwen.quantize import main
 from qwen.quantize_layout import LAYOUTS, DenseCheckpoint
+from qwen.quantize_options import QuantizeOptions
 from qwen.sensitivity import Part, build_rules, choose_parts, measure_parts
 
 TINY = {"qwen": 1, "qwen2": 3}
+SMALL = ["--device", "cpu", "--group-size", "32", "--samples", "6", "--sequence-length", "48"]
 
 
 def enlarge(weights):
@@ -99,11 +102,31 @@ def test_rules_name_the_chosen_layers_and_no_others(layout):
     assert build_rules(names, [], group_size=64) == {}
 
 
-def test_by_default_every_layer_has_4_bits_and_nothing_is_estimated(sources, tmp_path, monkeypatch):
+def test_with_no_limit_every_layer_has_4_bits_and_nothing_is_estimated(
+    sources, tmp_path, monkeypatch
+):
     monkeypatch.delattr(quantize_run, "measure_parts")
-    run(sources / "qwen2", tmp_path / "it")
-    assert "dynamic" not in (tmp_path / "it" / "config.json").read_text()
-    assert "dynamic" not in (tmp_path / "it" / "quantize_config.json").read_text()
+    target = tmp_path / "it"
+    assert main([str(sources / "qwen2"), str(target), *SMALL, "--max-loss", "off"]) == 0
+    assert "dynamic" not in (target / "config.json").read_text()
+    assert "dynamic" not in (target / "quantize_config.json").read_text()
+
+
+def test_by_default_8_bits_are_given_where_4_would_cost_more_than_the_limit(
+    sources, tmp_path, monkeypatch
+):
+    limit = QuantizeOptions().max_loss
+    assert limit is not None
+    asked = []
+
+    def choose(parts, *, max_loss):
+        asked.append(max_loss)
+        return choose_parts(parts, max_loss=0.0)
+
+    monkeypatch.setattr(quantize_run, "choose_parts", choose)
+    assert main([str(sources / "qwen2"), str(tmp_path / "it"), *SMALL]) == 0
+    assert asked == [limit]
+    assert "dynamic" in (tmp_path / "it" / "config.json").read_text()
 
 
 @pytest.mark.parametrize("layout", TINY)
