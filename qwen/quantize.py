@@ -260,7 +260,6 @@ def _loss(text: str) -> float | None:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    defaults = QuantizeOptions()
     parser = argparse.ArgumentParser(
         prog="python -m qwen.quantize",
         description="Make a GPTQ Int4 checkpoint from a dense one. A run that was cut short goes "
@@ -269,52 +268,33 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", help="a folder, a .gguf file, OWNER/NAME on a hub, or auto")
     parser.add_argument("target", type=Path, help="the folder to make")
     parser.add_argument(
+        "--device",
+        choices=("auto", "cpu"),
+        default="auto",
+        help="where to compute; auto is a GPU if there is one",
+    )
+    defaults = QuantizeOptions()
+    _add_precision(parser.add_argument_group("what is made"), defaults)
+    _add_calibration(parser.add_argument_group("how layers are calibrated"), defaults)
+    _add_tuning(parser.add_argument_group("how the whole model is tuned after its layers"))
+    return parser
+
+
+def _add_precision(group: argparse._ArgumentGroup, defaults: QuantizeOptions) -> None:
+    group.add_argument(
         "--group-size",
         type=int,
         choices=GROUP_SIZES,
         default=defaults.group_size,
         help="inputs that share a scale; smaller is more exact and larger on disk (%(default)s)",
     )
-    parser.add_argument(
-        "--rtn", action="store_true", help="round to nearest: fast, and loses much more"
-    )
-    parser.add_argument(
-        "--calibration",
-        type=Path,
-        metavar="FILE",
-        help="a UTF-8 text like what the model will read; by default text that comes with Python "
-        "and with this project",
-    )
-    parser.add_argument(
-        "--samples", type=int, default=defaults.samples, help="rows of it (%(default)s)"
-    )
-    parser.add_argument(
-        "--sequence-length",
-        type=int,
-        default=defaults.sequence_length,
-        metavar="TOKENS",
-        help="length of a row (%(default)s)",
-    )
-    parser.add_argument(
+    group.add_argument(
         "--dtype",
         choices=("float16", "bfloat16"),
         default=defaults.dtype,
         help="of embedding, head and norms (%(default)s, as published)",
     )
-    parser.add_argument(
-        "--damp-percent",
-        type=float,
-        default=defaults.damp_percent,
-        metavar="FRACTION",
-        help="how little the calibration text is trusted (%(default)s)",
-    )
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        default=defaults.rounds,
-        help="how often scales and codes are improved after the first pass (%(default)s)",
-    )
-    parser.add_argument(
+    group.add_argument(
         "--max-loss",
         type=_loss,
         default=defaults.max_loss,
@@ -323,26 +303,58 @@ def _build_parser() -> argparse.ArgumentParser:
         "that is met, many in a small model (%(default)s); off: 4 bits everywhere, for readers of "
         "GPTQ that know nothing else",
     )
-    parser.add_argument(
+
+
+def _add_calibration(group: argparse._ArgumentGroup, defaults: QuantizeOptions) -> None:
+    group.add_argument(
+        "--rtn", action="store_true", help="round to nearest: fast, and loses much more"
+    )
+    group.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="a UTF-8 text like what the model will read; by default text that comes with Python "
+        "and with this project",
+    )
+    group.add_argument(
+        "--samples", type=int, default=defaults.samples, help="rows of it (%(default)s)"
+    )
+    group.add_argument(
+        "--sequence-length",
+        type=int,
+        default=defaults.sequence_length,
+        metavar="TOKENS",
+        help="length of a row (%(default)s)",
+    )
+    group.add_argument(
+        "--damp-percent",
+        type=float,
+        default=defaults.damp_percent,
+        metavar="FRACTION",
+        help="how little the calibration text is trusted (%(default)s)",
+    )
+    group.add_argument(
+        "--rounds",
+        type=int,
+        default=defaults.rounds,
+        help="how often scales and codes are improved after the first pass (%(default)s)",
+    )
+
+
+def _add_tuning(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--tune-tokens",
         type=int,
         metavar="N",
         help="tokens that the whole model is tuned on after its layers; 0 is none (by default "
         "2,000,000 on a GPU, which takes minutes, and none on a CPU, where it takes hours)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--tune-codes",
         action="store_true",
         help="tune the codes too, not only scales, norms and biases: 16 more bytes of memory for "
         "every weight",
     )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu"),
-        default="auto",
-        help="where to compute; auto is a GPU if there is one",
-    )
-    return parser
 
 
 if __name__ == "__main__":
