@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 #: Between two pictures of a growing reply; more often only saturates the browser.
 PACE_SECONDS = 0.1
 #: Replies that stream at once at that pace; each picture of one costs the server about 2 ms.
-UNHURRIED_STREAMS = 3
+UNHURRIED_STREAMS = 2
 #: Between two pictures, however many replies stream.
 SLOWEST_PACE_SECONDS = 0.5
 #: Characters of a model's thoughts that are shown.
