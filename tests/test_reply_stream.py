@@ -16,6 +16,7 @@ from webapp.reply_stream import (
     HEARTBEAT_SECONDS,
     PACE_SECONDS,
     SLOWEST_PACE_SECONDS,
+    UNHURRIED_STREAMS,
     Growth,
     Pace,
     Snapshot,
@@ -88,8 +89,8 @@ def test_crowd_of_replies_is_shown_less_often_and_one_alone_at_the_usual_pace():
         for _ in range(20):
             crowd.enter_context(pace.streaming())
             paces.append(pace.seconds)
-    assert paces[0] == paces[2] == pace.seconds == PACE_SECONDS
-    assert paces[5] == pytest.approx(2 * PACE_SECONDS)
+    assert paces[UNHURRIED_STREAMS - 1] == pace.seconds == PACE_SECONDS
+    assert paces[2 * UNHURRIED_STREAMS - 1] == pytest.approx(2 * PACE_SECONDS)
     assert paces[-1] == SLOWEST_PACE_SECONDS
 
 
