@@ -16,6 +16,7 @@ from webapp.page_updates import FRAME_VIEW, REPLY_VIEW, VIEW, PageUpdates, Updat
 from webapp.render import restore_text
 from webapp.reply_handlers import ReplyHandlers
 from webapp.reply_stream import Pace
+from webapp.session import OpenPages
 from webapp.settings import Settings
 from webapp.visitors import Visitors
 
@@ -36,10 +37,10 @@ class ChatPage:
         self, backend: FakeBackend | DeferredBackend, settings: Settings | None = None
     ) -> None:
         self.backend = backend if isinstance(backend, DeferredBackend) else ready(backend)
-        updates = PageUpdates(self.backend)
+        updates, pages = PageUpdates(self.backend), OpenPages()
         visitors = Visitors((settings or Settings()).visitors)
-        self.reply = ReplyHandlers(self.backend, updates, visitors, Pace())
-        self.history = HistoryHandlers(self.backend, updates, settings or Settings())
+        self.reply = ReplyHandlers(self.backend, updates, pages, visitors, Pace())
+        self.history = HistoryHandlers(self.backend, updates, settings or Settings(), pages)
         defaults = self.history.default_controls()
         self.controls: dict[str, Any] = dict(zip(CONTROLS, defaults, strict=True))
         self.session: Any = None
@@ -76,6 +77,9 @@ class ChatPage:
         opened = self.history.open_page(REQUEST, saved)
         self.take(opened[: len(VIEW)])
         self.controls = dict(zip(CONTROLS, opened[len(VIEW) :], strict=True))
+
+    def settle(self) -> None:
+        self.take(self.history.settle_page(self.session, *self._values))
 
     def sending(self, text: Any) -> Iterator[None]:
         self.box = text

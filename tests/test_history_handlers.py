@@ -90,6 +90,42 @@ def test_opening_a_page_does_not_write_to_the_browser():
     assert page.saved is None
 
 
+@pytest.mark.parametrize("event", ["send", "undo"])
+def test_late_answer_that_opens_the_page_is_put_right(event):
+    saved = page_with("a").saved
+    page = ChatPage(FakeBackend("r"))
+    page.open(saved)
+    late = dict(page.shown["chatbot"])
+    page.send("b") if event == "send" else page.undo()
+    expected = page.texts
+    page.shown["chatbot"] = late
+    page.settle()
+    assert page.texts == expected != ["a", "r"]
+
+
+def test_page_on_which_nothing_has_happened_is_left_as_it_was_opened():
+    page = ChatPage(FakeBackend("r"))
+    page.open(page_with("a").saved)
+    before = dict(page.shown)
+    page.shown["chatbot"] = {}
+    page.settle()
+    assert "value" not in page.shown["chatbot"]
+    assert page.shown["saved"] == before["saved"]
+
+
+def test_reply_that_is_being_written_shows_itself():
+    page = ChatPage(FakeBackend("r s t"))
+    page.open()
+    running = page.sending("a")
+    next(running)
+    page.shown["chatbot"] = {}
+    page.settle()
+    assert "value" not in page.shown["chatbot"]
+    for _ in running:
+        pass
+    assert page.texts == ["a", "r s t"]
+
+
 # Undo and clear
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from webapp.conversation import Conversation, ReplyNote
-from webapp.session import PageBusy, PageSession, restored_session
+from webapp.session import OpenPages, PageBusy, PageSession, restored_session
 from webapp.text import Words
 
 
@@ -89,9 +89,11 @@ def test_events_of_one_page_get_the_same_session_whichever_is_first():
     def request(page):
         return SimpleNamespace(headers={}, session_hash=page)
 
-    first = restored_session(request("one"), None)
-    assert restored_session(request("one"), None) is first
-    assert restored_session(request("another"), None) is not first
+    pages = OpenPages()
+    first = pages.session_of(request("one"), None)
+    assert pages.session_of(request("one"), None) is first
+    assert pages.session_of(request("another"), None) is not first
+    assert OpenPages().session_of(request("one"), None) is not first  # of a server started anew
     gone = weakref.ref(first)
     del first
     gc.collect()

@@ -13,7 +13,7 @@ from qwen.errors import QwenError
 from qwen.messages import ChatRequest
 from webapp.controls import sampling_params
 from webapp.reply_stream import Pace, reply_note, stream_snapshots
-from webapp.session import PageSession, host_of, restored_session
+from webapp.session import OpenPages, PageSession, host_of
 from webapp.views import note_text, notice_html
 from webapp.visitors import Visitors
 
@@ -28,8 +28,11 @@ COMPLETION_FRAME_VIEW = ("completion_note", "complete", "stop_completion")
 class CompletionHandlers:
     """The events of the completion page, over one shared backend."""
 
-    def __init__(self, backend: ChatBackend, visitors: Visitors, pace: Pace) -> None:
+    def __init__(
+        self, backend: ChatBackend, pages: OpenPages, visitors: Visitors, pace: Pace
+    ) -> None:
         self._backend = backend
+        self._pages = pages
         self._visitors = visitors
         self._pace = pace
 
@@ -37,7 +40,7 @@ class CompletionHandlers:
         self, request: gr.Request, text: str, session: PageSession | None, *controls: Any
     ) -> Iterator[tuple[Any, ...]]:
         """Continue the text in place; on an error it stays as it was."""
-        session = session or restored_session(request, None)
+        session = session or self._pages.session_of(request, None)
         grown, note = text, ""
         try:
             with session.reply() as cancel, self._visitors.reply(host_of(request), session.words):

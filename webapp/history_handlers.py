@@ -17,7 +17,7 @@ from webapp.controls import Controls, control_values, restored_controls
 from webapp.conversation import Conversation
 from webapp.export import Transcript, export_html, export_json, export_markdown
 from webapp.page_updates import PageUpdates, Updates
-from webapp.session import PageSession, restored_session
+from webapp.session import OpenPages, PageSession
 from webapp.settings import Settings
 from webapp.views import WINDOW, note_text
 
@@ -28,8 +28,11 @@ Download = list[str]
 class HistoryHandlers:
     """What can be done with the conversation of one page."""
 
-    def __init__(self, backend: DeferredBackend, page: PageUpdates, settings: Settings) -> None:
+    def __init__(
+        self, backend: DeferredBackend, page: PageUpdates, settings: Settings, pages: OpenPages
+    ) -> None:
         self._backend = backend
+        self._pages = pages
         self._page = page
         self._settings = settings
 
@@ -42,17 +45,19 @@ class HistoryHandlers:
 
     def open_page(self, request: gr.Request, saved: object) -> tuple[Any, ...]:
         """Restore what this browser stored; returns updates for `VIEW` and `CONTROLS`."""
-        session = restored_session(request, saved)
+        session = self._pages.session_of(request, saved)
+        session.opened = session.conversation
         stored = saved if isinstance(saved, Mapping) else {}
         controls = restored_controls(stored.get("controls"), self.default_controls())
         return (*self._page.opened(session, controls), *controls)
 
     def settle_page(self, session: PageSession | None, *controls: Any) -> Updates:
-        """Show again what a message has changed that was sent before the page was open.
+        """Show again what has changed while the page was being opened.
 
-        The answer of `open_page` can reach the browser after parts of that message's reply.
+        The answer of `open_page` can reach the browser after those of later events, such as a
+        message that was sent meanwhile. A reply that is being written shows itself.
         """
-        if session is None or not (session.is_busy or session.ended):
+        if session is None or session.is_busy or session.conversation is session.opened:
             return self._page.none()
         return self._page.whole(session, controls)
 
@@ -65,7 +70,7 @@ class HistoryHandlers:
         *controls: Any,
     ) -> Updates:
         """Step back before the last question and put its text into an empty box."""
-        session = session or restored_session(request, saved)
+        session = session or self._pages.session_of(request, saved)
         if session.is_busy:
             return self._page.none()
         session.conversation, text = session.conversation.undo()
@@ -77,7 +82,7 @@ class HistoryHandlers:
         self, request: gr.Request, saved: object, session: PageSession | None, *controls: Any
     ) -> Updates:
         """Begin a new conversation; nothing happens while a reply is being written."""
-        session = session or restored_session(request, saved)
+        session = session or self._pages.session_of(request, saved)
         if session.is_busy:
             return self._page.none()
         session.conversation, session.window = Conversation(), WINDOW
@@ -87,7 +92,7 @@ class HistoryHandlers:
         self, request: gr.Request, saved: object, session: PageSession | None, *controls: Any
     ) -> Updates:
         """Show more of a long conversation."""
-        session = session or restored_session(request, saved)
+        session = session or self._pages.session_of(request, saved)
         session.window += WINDOW
         return self._whole(session, controls, save=False)
 
@@ -100,7 +105,7 @@ class HistoryHandlers:
         *controls: Any,
     ) -> Updates:
         """Let the stepper work on another message."""
-        session = session or restored_session(request, saved)
+        session = session or self._pages.session_of(request, saved)
         if node_id not in session.conversation.forks:
             return self._page.none()
         session.fork = node_id if isinstance(node_id, int) else None
@@ -110,13 +115,13 @@ class HistoryHandlers:
         self, request: gr.Request, saved: object, session: PageSession | None, *controls: Any
     ) -> Updates:
         """Show the previous version of the stepper's message."""
-        return self._step(session or restored_session(request, saved), controls, -1)
+        return self._step(session or self._pages.session_of(request, saved), controls, -1)
 
     def step_forward(
         self, request: gr.Request, saved: object, session: PageSession | None, *controls: Any
     ) -> Updates:
         """Show the next version of the stepper's message."""
-        return self._step(session or restored_session(request, saved), controls, +1)
+        return self._step(session or self._pages.session_of(request, saved), controls, +1)
 
     def _step(self, session: PageSession, controls: Controls, offset: int) -> Updates:
         if session.is_busy or session.stepped_fork is None:

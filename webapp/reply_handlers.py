@@ -24,7 +24,7 @@ from webapp.conversation import Conversation
 from webapp.page_updates import FRAME_VIEW, PageUpdates, Updates
 from webapp.render import restore_text
 from webapp.reply_stream import HEARTBEAT_SECONDS, Growth, Pace, Snapshot, stream_snapshots
-from webapp.session import PageBusy, PageSession, host_of, restored_session
+from webapp.session import OpenPages, PageBusy, PageSession, host_of
 from webapp.views import loading_text, queue_text
 from webapp.visitors import VisitorBusy, Visitors
 
@@ -38,10 +38,16 @@ class ReplyHandlers:
     """Replies of the one shared backend to one page at a time."""
 
     def __init__(
-        self, backend: DeferredBackend, page: PageUpdates, visitors: Visitors, pace: Pace
+        self,
+        backend: DeferredBackend,
+        page: PageUpdates,
+        pages: OpenPages,
+        visitors: Visitors,
+        pace: Pace,
     ) -> None:
         self._backend = backend
         self._page = page
+        self._pages = pages
         self._visitors = visitors
         self._pace = pace
 
@@ -54,7 +60,7 @@ class ReplyHandlers:
         *controls: Any,
     ) -> Iterator[Updates]:
         """Send the message box's text and stream the reply."""
-        session = session or restored_session(request, saved)
+        session = session or self._pages.session_of(request, saved)
         text = text if isinstance(text, str) else ""
         yield from self._reply(
             request, session, controls, lambda chat: chat.ask(text), typed=text, from_box=True
@@ -69,7 +75,7 @@ class ReplyHandlers:
         *controls: Any,
     ) -> Iterator[Updates]:
         """Send the example prompt that was clicked."""
-        session = session or restored_session(request, saved)
+        session = session or self._pages.session_of(request, saved)
         text = str(event.value["text"])
         yield from self._reply(request, session, controls, lambda chat: chat.ask(text), typed=text)
 
@@ -82,7 +88,7 @@ class ReplyHandlers:
         *controls: Any,
     ) -> Iterator[Updates]:
         """Make another version of an earlier message and stream the reply to it."""
-        session = session or restored_session(request, saved)
+        session = session or self._pages.session_of(request, saved)
         index = event.index if isinstance(event.index, int) else event.index[0]
         shown = session.conversation.path[-session.window :]
         text = restore_text(str(event.value))
@@ -98,7 +104,7 @@ class ReplyHandlers:
         self, request: gr.Request, saved: object, session: PageSession | None, *controls: Any
     ) -> Iterator[Updates]:
         """Stream another version of the last reply; the earlier ones stay."""
-        session = session or restored_session(request, saved)
+        session = session or self._pages.session_of(request, saved)
         asked = session.conversation.last_question
         if asked is None:
             yield self._refused(session, session.words("nothing_to_regenerate"))
@@ -109,7 +115,7 @@ class ReplyHandlers:
         self, request: gr.Request, saved: object, session: PageSession | None, *controls: Any
     ) -> Iterator[Updates]:
         """Go on with a reply that was cut off or stopped."""
-        session = session or restored_session(request, saved)
+        session = session or self._pages.session_of(request, saved)
         if not session.can_continue:
             yield self._refused(session, session.words("nothing_to_continue"))
             return

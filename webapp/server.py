@@ -246,15 +246,17 @@ def _build(settings: Settings, backend: DeferredBackend) -> Any:
     from webapp.page_updates import PageUpdates
     from webapp.reply_handlers import ReplyHandlers
     from webapp.reply_stream import Pace
+    from webapp.session import OpenPages
     from webapp.ui import Handlers, build_page
     from webapp.visitors import Visitors
 
-    page, visitors, pace = PageUpdates(backend), Visitors(settings.visitors), Pace()
-    history = HistoryHandlers(backend, page, settings)
+    page, pages = PageUpdates(backend), OpenPages()
+    visitors, pace = Visitors(settings.visitors), Pace()
+    history = HistoryHandlers(backend, page, settings, pages)
     handlers = Handlers(
-        reply=ReplyHandlers(backend, page, visitors, pace),
+        reply=ReplyHandlers(backend, page, pages, visitors, pace),
         history=history,
-        completion=CompletionHandlers(backend, visitors, pace),
+        completion=CompletionHandlers(backend, pages, visitors, pace),
         loading=LoadingHandlers(backend, history),
     )
     return build_page(handlers).queue(api_open=False)

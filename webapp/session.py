@@ -19,10 +19,6 @@ from webapp.conversation import Conversation, parse_conversation
 from webapp.text import Words, words_for
 from webapp.views import WINDOW, Bubbles
 
-#: Sessions in use, by Gradio's name of their page; see `restored_session`.
-_pages: WeakValueDictionary[str, PageSession] = WeakValueDictionary()
-_pages_lock = threading.Lock()
-
 
 class PageBusy(InvalidRequest):
     """A page writes one reply at a time."""
@@ -39,13 +35,14 @@ class PageSession:
         refusal: Why the last thing that was asked for was not done; shown above the message box.
         completion_note: What stands under a base model's completion, as HTML.
         ended: When its last reply ended, in seconds of the clock; 0 before.
+        opened: The conversation that the page was opened with.
         words: The language of this page.
         bubbles: What has been rendered for it.
         turns: Numbers of what a reply changes besides its text (`webapp.page_updates.REPLY_VIEW`).
     """
 
     def __init__(self, words: Words) -> None:
-        self.conversation = Conversation()
+        self.conversation = self.opened = Conversation()
         self.fork: int | None = None
         self.window = WINDOW
         self.notice = ""
@@ -123,24 +120,35 @@ def host_of(request: gr.Request) -> str:
     return "unknown" if client is None else str(client.host)
 
 
+class OpenPages:
+    """The sessions of a server's open pages, by Gradio's name of each page.
+
+    `gr.State` holds a session from the end of the first event on. A message can be sent while the
+    page is still being opened; the events of one page get the same session, whichever is first.
+    """
+
+    def __init__(self) -> None:
+        self._sessions: WeakValueDictionary[str, PageSession] = WeakValueDictionary()
+        self._lock = threading.Lock()
+
+    def session_of(self, request: gr.Request, saved: object) -> PageSession:
+        """Return a page's session, made from what its browser stored if there is none yet."""
+        page = getattr(request, "session_hash", None)
+        if not page:
+            return restored_session(request, saved)
+        with self._lock:
+            known = self._sessions.get(page)
+        made = known or restored_session(request, saved)
+        with self._lock:
+            return self._sessions.setdefault(page, made)
+
+
 def restored_session(request: gr.Request, saved: object) -> PageSession:
     """Make a page's session from what its browser stored, in the browser's language.
 
-    Used when a page opens, and when a page outlives the server that knew it. A message can be sent
-    before the page has its session; the events of one page get the same one, whichever is first. A
-    conversation that is refused leaves the session empty, with the reason in it.
+    Used when a page opens, and when a page outlives the server that knew it. A conversation that
+    is refused leaves the session empty, with the reason in it.
     """
-    page = getattr(request, "session_hash", None)
-    with _pages_lock:
-        session = _pages.get(page) if page else None
-        if session is None:
-            session = _new_session(request, saved)
-            if page:
-                _pages[page] = session
-    return session
-
-
-def _new_session(request: gr.Request, saved: object) -> PageSession:
     session = PageSession(words_for(request.headers.get("accept-language")))
     stored = saved.get("conversation") if isinstance(saved, Mapping) else None
     if stored is None:
