@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 PACE_SECONDS = 0.1
 #: Replies that stream at once at that pace; each picture of one costs the server about 2 ms.
 UNHURRIED_STREAMS = 2
-#: Between two pictures, however many replies stream.
-SLOWEST_PACE_SECONDS = 0.5
+#: Between two pictures, however many replies stream; a pause of 0.3 s is felt.
+SLOWEST_PACE_SECONDS = 0.25
 #: Characters of a model's thoughts that are shown.
 THOUGHT_CHARACTERS = 200
 #: Between two pictures while nothing new came; whatever comes is shown at once.
