@@ -307,7 +307,9 @@ def _add_precision(group: argparse._ArgumentGroup, defaults: QuantizeOptions) ->
 
 def _add_calibration(group: argparse._ArgumentGroup, defaults: QuantizeOptions) -> None:
     group.add_argument(
-        "--rtn", action="store_true", help="round to nearest: fast, and loses much more"
+        "--rtn",
+        action="store_true",
+        help="round to nearest, in 4 bits everywhere: fast, and loses much more",
     )
     group.add_argument(
         "--calibration",

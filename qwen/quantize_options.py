@@ -34,9 +34,9 @@ class QuantizeOptions:
         damp_percent: See `SolverOptions`.
         rounds: Likewise.
         max_loss: Nats a token that what has 4 bits may cost, by an estimate for rounded weights;
-            the layers that cost most get 8 bits until it is met. What the default leaves costs 1
-            to 3 % of perplexity (docs/quantisation.md). None leaves 4 bits everywhere, which every
-            reader of GPTQ takes; so does rounding without calibration.
+            the layers that cost most get 8 bits until it is met. With the default, perplexity rose
+            by 1 to 3 % where it was measured (docs/quantisation.md). None leaves 4 bits everywhere,
+            which every reader of GPTQ takes; so does rounding without calibration.
         tune_tokens: Tokens that the whole model is tuned on after its layers; 0 is none, None the
             device's default.
         tune_codes: Tune the codes too.

@@ -237,10 +237,10 @@ def _choose_device(choice: DeviceChoice) -> str:
 def _memory_advice(device: str) -> str:
     if device != "cpu":
         return (
-            "The GPU's memory does not hold a layer and its calibration. Choose --device cpu, or "
-            "a shorter --sequence-length."
+            "The GPU's memory does not hold a layer and its calibration. Choose --device cpu, "
+            "a shorter --sequence-length or --max-loss off."
         )
     return (
         "There is not enough memory for a layer and its calibration. Close other programs, or "
-        "choose fewer --samples."
+        "choose fewer --samples or --max-loss off."
     )

@@ -86,7 +86,10 @@ def measure_parts(
     device: str,
     report: ReportProgress,
 ) -> list[Part]:
-    """Estimate what each part of a model loses in 4 bits; holds one layer in memory at a time.
+    """Estimate what each part of a model loses in 4 bits.
+
+    Of the model one layer is in memory at a time, twice in float32; of the text the hidden states
+    before every layer.
 
     Args:
         dense: The checkpoint.
