@@ -1,13 +1,15 @@
 """What `make bench-users` and `make soak` read and count; the figures themselves are no test."""
 
 import os
+import threading
 
 import pytest
+from fake_backend import FakeBackend, wait_until
 
 from qwen.errors import BackendFailed
 from qwen.evals import bench_users
 from qwen.evals.page_users import PageReply, PageUser, total_speed
-from qwen.evals.soak import Crowd, Footprint, _compare, read_footprint
+from qwen.evals.soak import Crowd, Footprint, _compare, read_footprint, read_unfinished
 
 
 def bubble(role, text):
@@ -90,6 +92,19 @@ def test_no_two_questions_begin_alike():
 def test_footprint_of_a_process_is_read():
     own = read_footprint(os.getpid())
     assert own.memory > 10**7 and own.threads >= 1 and own.files >= 3
+
+
+def test_replies_that_run_or_wait_are_read_from_the_app(serve_api):
+    backend = FakeBackend("one two")
+    backend.gate.clear()
+    server = serve_api(backend)
+    assert read_unfinished(server.url + "/") == 0
+    asked = threading.Thread(target=server.chat)
+    asked.start()
+    wait_until(lambda: read_unfinished(server.url + "/") == 1)
+    backend.gate.set()
+    asked.join()
+    assert read_unfinished(server.url + "/") == 0
 
 
 def test_soak_misses_growth_threads_and_errors():

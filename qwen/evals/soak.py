@@ -74,7 +74,11 @@ def main() -> int:
         crowd = _watched(user, process, looks, given.users, 60 * given.minutes * 3 / 4)
         time.sleep(_REST_SECONDS)
         after = read_footprint(process)
-    comparisons = list(_compare(crowd, looks, before, after, given.users))
+        unfinished = read_unfinished(url)
+    comparisons = [
+        *_compare(crowd, looks, before, after, given.users),
+        _none_of("replies that run or wait at rest", unfinished),
+    ]
     given.json.parent.mkdir(parents=True, exist_ok=True)
     write_json(given.json, machine, comparisons)
     print(*crowd.errors[:10], *comparisons, sep="\n")
@@ -141,20 +145,28 @@ def read_footprint(process: int) -> Footprint:
     )
 
 
+def read_unfinished(url: str) -> int:
+    """Return how many replies run or wait, as the app at a URL counts them."""
+    import httpx
+    from prometheus_client.parser import text_string_to_metric_families
+
+    families = text_string_to_metric_families(httpx.get(url + "metrics").raise_for_status().text)
+    gauges = {family.name: family.samples[0].value for family in families if family.samples}
+    return int(gauges["qwen_replies_running"] + gauges["qwen_replies_queued"])
+
+
+def _none_of(name: str, count: int) -> Comparison:
+    one = Samples((1.0,), "")
+    return Comparison(name, Samples((float(count),), ""), "one", one, 0.0, "lower")
+
+
 def _compare(
     crowd: Crowd, looks: list[Footprint], before: Footprint, after: Footprint, users: int
 ) -> list[Comparison]:
     third = max(len(looks) // 3, 1)
     memory = [look.memory / 1e6 for look in looks]
     rows = [
-        Comparison(
-            f"{users} users, {crowd}: errors",
-            Samples((float(len(crowd.errors)),), ""),
-            "one",
-            Samples((1.0,), ""),
-            0.0,
-            "lower",
-        ),
+        _none_of(f"{users} users, {crowd}: errors", len(crowd.errors)),
         Comparison(
             "memory in the last third",
             Samples((statistics.median(memory[-third:]),), "MB"),
