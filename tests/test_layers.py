@@ -144,7 +144,7 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen.evals.report": (6, "matplotlib"),
     "qwen.evals.page_users": (6.6, "httpx gradio_client"),
     "qwen.evals.many_contestants": (6.6, "torch xllamacpp"),
-    "qwen.evals.soak": (6.7, ""),
+    "qwen.evals.soak": (6.7, "httpx prometheus_client"),
     "qwen.evals.bench_users": (6.8, ""),
     "qwen.evals.random_models": (6, "torch"),
     "qwen.evals.mixed_text": (6.2, "transformers"),
