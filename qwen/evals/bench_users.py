@@ -114,23 +114,26 @@ def _first(setup: Setup) -> Iterator[Comparison]:
 
 
 def _pause(setup: Setup) -> Iterator[Comparison]:
-    pauses = []
-    for number in range(40, 40 + setup.rounds):
-        # About 2,000 tokens.
-        text = " ".join(f"{word} {number} {i}" for i in range(125) for word in _TOPICS[:3])
-        with ThreadPoolExecutor(1) as pool:
-            stream = pool.submit(setup.user.ask, questions(number)[0], 400)
-            time.sleep(2)
-            long = setup.user.ask(f"{text}\nSummarise this.", 4)
-            pauses.append(stream.result().pause(long.asked, long.asked + long.first))
-    yield Comparison(
-        "longest pause of a stream while 2,000 tokens are read",
-        _samples([1e3 * pause for pause in pauses], "ms"),
-        "limit",
-        Samples((1e3 * _PAUSE_SECONDS,), "ms"),
-        1.0,
-        "lower",
-    )
+    for streams in (1, USERS - 1):
+        pauses = []
+        for number in range(40, 40 + setup.rounds):
+            # About 2,000 tokens.
+            text = " ".join(f"{word} {number} {i}" for i in range(125) for word in _TOPICS[:3])
+            with ThreadPoolExecutor(streams) as pool:
+                asked = questions(number, streams)
+                replies = [pool.submit(setup.user.ask, question, 400) for question in asked]
+                time.sleep(2)
+                long = setup.user.ask(f"{text}\nSummarise this.", 4)
+                span = long.asked, long.asked + long.first
+                pauses.append(max(stream.result().pause(*span) for stream in replies))
+        yield Comparison(
+            f"longest pause of {streams} stream{'s' * (streams > 1)} while 2,000 tokens are read",
+            _samples([1e3 * pause for pause in pauses], "ms"),
+            "limit",
+            Samples((1e3 * _PAUSE_SECONDS,), "ms"),
+            1.0,
+            "lower",
+        )
 
 
 def _page(setup: Setup) -> Iterator[Comparison]:
