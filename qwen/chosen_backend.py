@@ -29,7 +29,9 @@ def load_chosen_backend(
 
         return open_remote(remote, max_input_tokens=options.max_input_tokens, report=report)
     from qwen.local import load_backend
+    from qwen.mapped_memory import return_large_blocks
 
+    return_large_blocks()
     backend = load_backend(checkpoint, options, report=report)
     # What is there now stays: else every full collection looks at all of it again, and all streams
     # pause for 0.16 s (run; 370,000 objects, most of them the libraries' own).

@@ -1,7 +1,7 @@
-"""Gives back the pages of a mapped weights file that have been read and are not wanted again.
+"""Gives memory back to the system: pages of a mapped weights file, and large blocks once freed.
 
-The system counts them as the process's memory until it needs them or the file is unmapped. Only
-Linux is told; elsewhere nothing happens. Knows no model.
+The system counts pages that were read as the process's memory until it needs them or the file is
+unmapped. Only Linux is told; elsewhere nothing happens. Knows no model.
 """
 
 from __future__ import annotations
@@ -13,6 +13,23 @@ from pathlib import Path
 from torch import Tensor
 
 _MAPS = Path("/proc/self/maps")
+
+#: Parameters of `mallopt` (malloc.h of glibc), and what they are set to: the bytes from which on a
+#: block has pages of its own, and how many heaps threads share.
+_MALLOC_SETTINGS = {-3: 2 << 20, -8: 2}
+
+
+def return_large_blocks() -> None:
+    """Let the C library give large blocks back to the system as soon as they are freed.
+
+    glibc raises the size from which on it does so to that of the largest block that was freed, up
+    to 32 MB. Keys and values of a conversation are as large, and come and go on many threads, each
+    with a heap of its own: with 32 users the process grew to 4.5 GB, more than twice what it used.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in _MALLOC_SETTINGS.items():
+            mallopt(parameter, value)
 
 
 def drop_pages(tensor: Tensor) -> None:

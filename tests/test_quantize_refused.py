@@ -206,3 +206,12 @@ def test_memory_that_runs_out_is_explained(sources, tmp_path, monkeypatch, devic
     monkeypatch.setattr(quantize_run, "_choose_device", lambda _: device)
     with pytest.raises(OutOfMemory, match=says):
         run(sources / "qwen2", tmp_path / "new")
+
+
+def test_limit_that_is_no_number_or_below_0_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        quantize.main(["auto", str(tmp_path / "new"), "--max-loss", "little"])
+    assert "'little' is neither a number nor off" in capsys.readouterr().err
+    for limit in ("-1", "nan"):
+        assert quantize.main(["auto", str(tmp_path / "new"), "--max-loss", limit]) == 1
+        assert "must be 0 or more" in capsys.readouterr().err
