@@ -53,6 +53,8 @@ def ask(page: Page, url: str, question: str) -> None:
     box.fill(question)
     box.press("Enter")
     page.locator("#chat small.note").last.wait_for(timeout=REPLY_MILLISECONDS)
+    # The frame follows a short reply a moment later; only at its end can it be written anew.
+    page.locator("#regenerate:enabled").wait_for(timeout=REPLY_MILLISECONDS)
     page.locator("#send").wait_for(timeout=REPLY_MILLISECONDS)
 
 
