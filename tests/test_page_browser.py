@@ -44,8 +44,13 @@ def new_context(chromium: Browser) -> Iterator[Callable[..., BrowserContext]]:
 
 
 @pytest.fixture
-def open_tab(new_context: Callable[..., BrowserContext]) -> Iterator[Callable[..., PageDriver]]:
-    """Open a tab: `open_tab(url, context=None, **context_options)`."""
+def open_tab(
+    serve_page: Callable[..., str], new_context: Callable[..., BrowserContext]
+) -> Iterator[Callable[..., PageDriver]]:
+    """Open a tab: `open_tab(url, context=None, **context_options)`.
+
+    Depends on `serve_page` so that the tabs are looked at before their server ends.
+    """
     tabs: list[PageDriver] = []
 
     def make(url: str, context: BrowserContext | None = None, **options: Any) -> PageDriver:
