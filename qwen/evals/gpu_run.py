@@ -1,9 +1,10 @@
 """`python -m qwen.evals.gpu_run`: everything that claims a GPU, run on one, in few minutes.
 
 Sections: correctness; speed (decode, prompts, peaks, bf16 and Int4, beside Transformers' `generate`
-and the floor that the measured copy bandwidth sets); users (1, 8, 32 through the engine); context
-(32k with dynamic NTK); memory (out of it on purpose). Random weights: speed does not depend on
-them. `--dry` runs all of it on tiny shapes, on a CPU too.
+and the floor that the measured copy bandwidth sets); profile (the kernels that a token's time goes
+to); users (1, 8, 32 through the engine); context (32k with dynamic NTK); memory (out of it on
+purpose). Random weights: speed does not depend on them. `--dry` runs all of it on tiny shapes, on a
+CPU too.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from qwen.evals.random_models import build_random_model
 from qwen.fast_decoder import build_decoder
 from qwen.messages import SamplingParams
 
-SECTIONS = ("correctness", "speed", "users", "context", "memory")
+SECTIONS = ("correctness", "speed", "profile", "users", "context", "memory")
+
+_KERNELS_SHOWN = 10
 
 _GOLDEN = Path("tests/data/golden")
 
@@ -49,6 +52,7 @@ class Plan:
         prompt: Tokens of the long prompt; the README's is 2,048.
         users: Numbers of users.
         user_tokens: Tokens of each user's prompt and reply.
+        profiled: Tokens of the reply whose kernels are timed; within a graph's first bucket.
         context: Tokens of the long context.
     """
 
@@ -59,6 +63,7 @@ class Plan:
     prompt: int = 2048
     users: tuple[int, ...] = (1, 8, 32)
     user_tokens: tuple[int, int] = (200, 128)
+    profiled: int = 250
     context: int = 32768
 
 
@@ -70,6 +75,7 @@ DRY = Plan(
     prompt=128,
     users=(1, 3),
     user_tokens=(20, 8),
+    profiled=16,
     context=4096,
 )
 
@@ -91,6 +97,7 @@ def main() -> int:
     work: dict[str, Callable[[Plan], Iterator[dict[str, Any]]]] = {
         "correctness": lambda plan: _correctness(plan, given.golden),
         "speed": _speed,
+        "profile": _profile,
         "users": _users,
         "context": _context,
         "memory": _memory,
@@ -177,6 +184,49 @@ def _one_model(
     seconds, peak = _timed(lambda: reply(engine, prompt[::-1], 1), plan)
     yield {"what": f"{name}, prompt of {plan.prompt}", "tok/s": plan.prompt / seconds} | {
         "peak GB": peak / 1e9
+    }
+
+
+def _profile(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Say which kernels a token's time goes to, and how long the GPU waits for the next."""
+    for weights in ("dense", "int4"):
+        model = _model(plan, plan.sizes[0], weights)
+        name = f"{plan.sizes[0]} {'bf16' if weights == 'dense' else 'Int4'}"
+        engine = _engine(model, 4096)
+        for _ in range(2):  # the second records the graphs of the compiled layers
+            reply(engine, [5], plan.profiled)
+            wait_for_compilation()
+        work = partial(reply, engine, [5], plan.profiled)
+        seconds, _ = _timed(work, plan)
+        kernels = _kernel_times(work)
+        steps = plan.profiled
+        yield {
+            "what": f"{name}, a token of {steps}",
+            "wall ms": seconds / steps * 1e3,
+            "kernels ms": sum(total for total, _ in kernels.values()) / steps * 1e3,
+        }
+        for kernel in sorted(kernels, key=lambda key: -kernels[key][0])[:_KERNELS_SHOWN]:
+            total, calls = kernels[kernel]
+            row = {"us a token": total / steps * 1e6, "us a call": total / calls * 1e6}
+            yield {"what": f"  {kernel[:90]}", **row, "calls": calls / steps}
+        engine.close()
+        del model, engine
+        _release(plan)
+
+
+def _kernel_times(work: Callable[[], object]) -> dict[str, tuple[float, int]]:
+    """Return seconds and calls of each kernel that ran on the GPU; none without a GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    if not torch.cuda.is_available():
+        return {}
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    return {
+        event.key: (event.self_device_time_total / 1e6, event.count)
+        for event in profiler.key_averages()
+        if event.self_device_time_total
     }
 
 
