@@ -14,12 +14,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FunctionType, MappingProxyType
+from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from qwen.decoder import (
     Decoder,
@@ -27,12 +27,10 @@ from qwen.decoder import (
     ForwardParts,
     Piece,
     RotaryTable,
-    contract,
-    expand,
+    finish,
     project,
 )
-from qwen.decoder_ops import DecoderOps, TorchOps, place_rows
-from qwen.decoder_weights import LayerWeights
+from qwen.decoder_ops import AttendRows, TorchOps, attend_masked, place_rows
 from qwen.kv_slots import KvSlot, KvSlots
 from qwen.rope import logn_factor, rotary_tables
 
@@ -42,16 +40,23 @@ logger = logging.getLogger(__name__)
 _FIRST_CAPACITY = 2048
 #: Positions of the smallest bucket; each further one is twice as large.
 _FIRST_BUCKET = 256
-#: Inductor's search among kernels for one row: 5 % faster than its defaults on an H200.
-_COMPILE_OPTIONS: Mapping[str, bool] = MappingProxyType({"coordinate_descent_tuning": True})
+#: From there on attention is as for so many positions.
+_LONGEST_TRIED = 65536
 
 
 @dataclass(frozen=True, slots=True)
 class StepParts:
-    """What a step is computed with: a layer, and `place_rows`; both may be compiled."""
+    """What a step is computed with; the first two may be compiled.
+
+    Attributes:
+        layer: Before and after attention.
+        place: See `place_rows`.
+        attend: See `attend_masked`.
+    """
 
     layer: ForwardParts
-    place: Callable[..., Tensor]
+    place: Callable[..., Tensor] = place_rows
+    attend: Callable[[Tensor, int, float], AttendRows] = attend_masked
 
 
 #: Does some work once, and returns what does it again and where the result then is.
@@ -86,7 +91,7 @@ class GraphedDecoder(Decoder):
         self._graphs: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
         self._recorded_at = 0
         self._inputs: dict[int, _StepInputs] = {}
-        plain = StepParts(self._parts, place=place_rows)
+        plain = StepParts(self._parts)
         self._step_parts = {True: plain, False: plain}  # for one row and for several
         self._compiled: deque[tuple[bool, StepParts]] = deque()
         if compile_parts is not None:
@@ -222,21 +227,14 @@ class GraphedDecoder(Decoder):
         rows = len(positions)
         cos, sin, logn = inputs.rotation()
         places = slots.places(positions)
-        mask = torch.arange(bucket, device=self.device) <= positions[:, None]
+        attend_rows = parts.attend(positions, bucket, scale)
 
         def attend(index: int, qkv: Tensor) -> Tensor:
             keys, values = slots.layer(index, rows)
             dim = keys.shape[-1]
             flat = keys.view(-1, dim), values.view(-1, dim)
             query = parts.place(qkv, *flat, places, cos, sin, logn)
-            mixed = scaled_dot_product_attention(
-                query,
-                keys[:, :, :bucket],
-                values[:, :, :bucket],
-                attn_mask=mask[:, None, None],
-                scale=scale,
-            )
-            return mixed.reshape(rows, -1)
+            return attend_rows(query, keys, values).reshape(rows, -1)
 
         return self.logits(self._layers(inputs.ids, attend, parts.layer))
 
@@ -266,11 +264,9 @@ class GraphedDecoder(Decoder):
         hidden = torch.zeros(
             rows, weights.embedding.shape[1], dtype=self._dtype, device=self.device
         )
-        memory = torch.zeros(
-            2, rows * weights.num_kv_heads * 4, weights.head_dim, dtype=self._dtype,
-            device=self.device,
-        )  # fmt: skip
-        places = torch.arange(rows * weights.num_kv_heads, device=self.device)
+        heads, head_dim = weights.num_kv_heads, weights.head_dim
+        memory = torch.zeros(2, rows * heads * 4, head_dim, dtype=self._dtype, device=self.device)
+        places = torch.arange(rows * heads, device=self.device)
         cos, sin, logn = inputs.rotation()
         keys, values = memory[0], memory[1]
         for tensor in (keys, values):
@@ -284,42 +280,45 @@ class GraphedDecoder(Decoder):
         if rows > 1:
             torch._dynamo.mark_dynamic(qkv, 0)
         query = parts.place(qkv, keys, values, places, cos, sin, logn)
+        self._try_attention(parts, inputs.positions, query, *memory.view(2, rows, -1, 4, head_dim))
         attended = query.reshape(rows, -1)
         if rows > 1:
             torch._dynamo.mark_dynamic(attended, 0)
         finish(ops, layer, hidden, attended, weights.eps)
 
+    def _try_attention(
+        self, parts: StepParts, positions: Tensor, query: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        """Run attention in all forms that it has for longer and longer sequences."""
+        longest = 1
+        while longest <= _LONGEST_TRIED:
+            # Only the first position is read.
+            repeated = (memory[:, :, :1].expand(-1, -1, longest, -1) for memory in (keys, values))
+            parts.attend(positions, longest, self._weights.scale)(query, *repeated)
+            longest *= 2
+
 
 def compile_step_parts(is_single: bool) -> StepParts:
-    """Compile what comes before and after attention; attention itself has its kernels.
+    """Compile what comes before and after attention, which has a kernel of its own.
 
     Args:
         is_single: For one row; else for any number of them, which the first call marks.
     """
+    from qwen.gpu_kernels import attend_rows
+    from qwen.gpu_ops import GpuOps
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-        options: dict[str, Any] = dict(_COMPILE_OPTIONS) if is_single else {}
         # torch keeps few versions of a code object; each decoder has a code object of its own.
         own = FunctionType(function.__code__.replace(), function.__globals__)
-        result: Callable[..., Any] = torch.compile(
-            own, fullgraph=True, dynamic=False, options=options
-        )
+        result: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=False)
         return result
 
-    first, second = compiled(expand), compiled(contract)
+    def attend(positions: Tensor, longest: int, scale: float) -> AttendRows:
+        return partial(attend_rows, positions=positions, longest=longest, scale=scale)
 
-    def finish(
-        ops: DecoderOps, layer: LayerWeights, hidden: Tensor, attended: Tensor, eps: float
-    ) -> Tensor:
-        # In two: compiled as one, the last product computes the activation anew for each output
-        # and reads its weights at 1.5 instead of 4 TB/s (H200, 7B).
-        result: Tensor = second(ops, layer, *first(ops, layer, hidden, attended, eps))
-        return result
-
-    return StepParts(
-        ForwardParts(TorchOps(), project=compiled(project), finish=finish),
-        place=compiled(place_rows),
-    )
+    ops = GpuOps() if is_single else TorchOps()
+    layer = ForwardParts(ops, project=compiled(project), finish=compiled(finish))
+    return StepParts(layer, place=compiled(place_rows), attend=attend)
 
 
 class _StepInputs:

@@ -90,27 +90,16 @@ class Piece:
 
 def project(ops: DecoderOps, layer: LayerWeights, hidden: Tensor, eps: float) -> Tensor:
     """Compute what comes before a layer's attention: queries, keys and values."""
-    return layer.qkv(ops.rms_norm(hidden, layer.input_norm, eps))
+    return ops.linear(layer.qkv, ops.rms_norm(hidden, layer.input_norm, eps))
 
 
 def finish(
     ops: DecoderOps, layer: LayerWeights, hidden: Tensor, attended: Tensor, eps: float
 ) -> Tensor:
     """Compute what comes after a layer's attention: its output and the MLP, beside residuals."""
-    return contract(ops, layer, *expand(ops, layer, hidden, attended, eps))
-
-
-def expand(
-    ops: DecoderOps, layer: LayerWeights, hidden: Tensor, attended: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Compute the residual after attention, and the gated activations of the MLP."""
-    hidden = ops.add_linear(hidden, layer.attention_output, attended)
-    return hidden, ops.silu_mul(layer.gate_up(ops.rms_norm(hidden, layer.mlp_norm, eps)))
-
-
-def contract(ops: DecoderOps, layer: LayerWeights, hidden: Tensor, activated: Tensor) -> Tensor:
-    """Compute the end of the MLP, beside the residual."""
-    return ops.add_linear(hidden, layer.down, activated)
+    hidden = ops.linear(layer.attention_output, attended, add=hidden)
+    gate_up = ops.linear(layer.gate_up, ops.rms_norm(hidden, layer.mlp_norm, eps))
+    return ops.linear(layer.down, ops.silu_mul(gate_up), add=hidden)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
-"""What the decoder computes besides linear layers: norm, attention over a store, gated activation.
+"""What the decoder computes: norm, linear layers, attention over a store, gated activation.
 
 Two sets of the same operations: `TorchOps` for any device and dtype, whose shapes alone decide what
-runs, so that a step can be captured as a CUDA graph; and `CpuOps` on our own kernels. Knows no
-weights and no model.
+runs, so that a step can be captured as a CUDA graph; and `CpuOps` on our own kernels. A third is
+`qwen.gpu_ops`. Knows no weights and no model.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class DecoderOps(Protocol):
         """Compute silu(gate) * up from both side by side."""
         ...
 
-    def add_linear(self, hidden: Tensor, linear: Callable[..., Tensor], x: Tensor) -> Tensor:
-        """Compute hidden + linear(x); may change `hidden`."""
+    def linear(self, linear: Callable[..., Tensor], x: Tensor, add: Tensor | None = None) -> Tensor:
+        """Map x, and add to the result; may change `add`."""
         ...
 
     def build_mask(self, span: Span) -> Tensor | None:
@@ -151,6 +151,36 @@ def place_rows(
     return query.to(values.dtype).reshape(rows, kv_heads, -1, dim)
 
 
+#: A layer's attention of one token of each row: queries, keys and values → as the queries.
+AttendRows = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def attend_masked(positions: Tensor, longest: int, scale: float) -> AttendRows:
+    """Prepare a step's attention by torch.
+
+    Args:
+        positions: (rows,), int64: of each row's token.
+        longest: More than any position.
+        scale: Factor of the scores.
+
+    Returns:
+        What takes (rows, kv_heads, shared, dim) queries, and keys and values
+        (rows, kv_heads, capacity, dim).
+    """
+    mask = torch.arange(longest, device=positions.device) <= positions[:, None]
+
+    def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return scaled_dot_product_attention(
+            query,
+            keys[:, :, :longest],
+            values[:, :, :longest],
+            attn_mask=mask[:, None, None],
+            scale=scale,
+        )
+
+    return attend
+
+
 class TorchOps:
     """The operations by torch, in the dtype of what they are given."""
 
@@ -165,9 +195,9 @@ class TorchOps:
         gate, up = gate_up.chunk(2, dim=-1)
         return silu(gate) * up
 
-    def add_linear(self, hidden: Tensor, linear: Callable[..., Tensor], x: Tensor) -> Tensor:
+    def linear(self, linear: Callable[..., Tensor], x: Tensor, add: Tensor | None = None) -> Tensor:
         """See `DecoderOps`."""
-        return hidden + linear(x)
+        return linear(x) if add is None else add + linear(x)
 
     def build_mask(self, span: Span) -> Tensor | None:
         """See `DecoderOps`: (tokens, length), which slots a token sees."""
@@ -217,9 +247,11 @@ class CpuOps:
         """See `DecoderOps`."""
         return self._kernels.silu_mul(gate_up)
 
-    def add_linear(self, hidden: Tensor, linear: Callable[..., Tensor], x: Tensor) -> Tensor:
+    def linear(self, linear: Callable[..., Tensor], x: Tensor, add: Tensor | None = None) -> Tensor:
         """See `DecoderOps`."""
-        return linear(x, out=hidden) if isinstance(linear, Int8Linear) else hidden + linear(x)
+        if add is None:
+            return linear(x)
+        return linear(x, out=add) if isinstance(linear, Int8Linear) else add + linear(x)
 
     def build_mask(self, span: Span) -> Tensor | None:
         """See `DecoderOps`: the kernel knows what is causal."""

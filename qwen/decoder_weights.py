@@ -2,7 +2,7 @@
 
 The one place that knows how Qwen v1 and the Qwen2 layout name their parts. Where projections of the
 same input are joined, the model's own layers become views of the joined memory, so that no weight
-is held twice and the model still runs.
+is held twice (of 4-bit ones the scales are) and the model still runs.
 """
 
 from __future__ import annotations
@@ -199,7 +199,10 @@ def _joined(part: dict[str, list[_Place]], name: str, kernels: CpuKernels | None
         isinstance(layer, nn.Linear | Int4Linear | Int8Linear | Int8Rows) for layer in layers
     ):
         raise DecoderUnsupported(f"its {name} is a {type(layers[0]).__name__}")
-    return layers[0] if len(layers) == 1 else SideBySide(layers)
+    if len(layers) == 1:
+        only: LinearMap = layers[0]
+        return only
+    return Int4Linear.joined(layers) if Int4Linear.can_join(layers) else SideBySide(layers)
 
 
 def _join_int8(places: list[_Place], layers: list[nn.Linear], kernels: CpuKernels) -> Int8Linear:

@@ -6,7 +6,7 @@ Built from GPTQ tensors, without another package. Knows no files and no models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -103,6 +103,42 @@ class Int4Linear(nn.Module):
             unpack_zeros(tensors.qzeros),
             group_size=config.group_size,
             bias=None if tensors.bias is None else tensors.bias.to(dtype),
+        )
+
+    @classmethod
+    def joined(cls, layers: Sequence[Int4Linear]) -> Int4Linear:
+        """Join layers of the same input on a GPU, whose packed weights become views of the whole.
+
+        Args:
+            layers: That `can_join`.
+        """
+        first = layers[0]
+        whole = cls.__new__(cls)
+        nn.Module.__init__(whole)
+        whole.in_features, whole.group = first.in_features, first.group
+        whole.out_features = sum(layer.out_features for layer in layers)
+        packed = torch.cat([layer.packed for layer in layers])
+        scales = torch.cat([layer.scales for layer in layers], dim=1)
+        whole.register_buffer("packed", packed, persistent=False)
+        whole.register_buffer("scales", scales, persistent=False)
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        whole.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+        views = torch.split(packed, [len(layer.packed) for layer in layers])
+        for layer, view in zip(layers, views, strict=True):
+            layer.packed = view
+        return whole
+
+    @staticmethod
+    def can_join(layers: Sequence[nn.Module]) -> bool:
+        """Tell whether `joined` takes layers: all in 4 bits alike, in a GPU's packed form."""
+        first = layers[0]
+        return isinstance(first, Int4Linear) and all(
+            isinstance(layer, Int4Linear)
+            and layer.packed.device == first.packed.device
+            and layer.packed.device.type != "cpu"
+            and layer.group == first.group
+            and (layer.bias is None) == (first.bias is None)
+            for layer in layers
         )
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def write_llama(folder, **options):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 480}
     sizes |= {"max_position_embeddings": CONTEXT, "rope_parameters": {"rope_theta": 1e5}}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**sizes | {"tie_word_embeddings": True} | options))
         for parameter in model.parameters():  # norms too, which begin as 1

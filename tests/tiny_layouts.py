@@ -42,7 +42,7 @@ def write_qwen2(folder, **options):
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 480}
     sizes |= {"max_position_embeddings": CONTEXT, "rope_parameters": {"rope_theta": 5e5}}
     config = Qwen2Config(**sizes | {"tie_word_embeddings": False, "rms_norm_eps": 2e-6} | options)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = PlainQwen2(config)
         for parameter in model.parameters():  # biases and norms too, which begin as 0 and 1

@@ -75,6 +75,6 @@ def build_tiny_model(*, context_length=512, vocab_size=300, seed=0):
         eos_token_id=None,
         initializer_range=0.4,  # far from uniform, so that greedy choices have no near ties
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen2ForCausalLM(config).eval()

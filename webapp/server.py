@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 #: Threads for handlers; a running reply holds one for at most a heartbeat at a time.
 HANDLER_THREADS = 100
+#: Tabs whose state is kept, open or not, the last ones that did something: 80 kB each or more. One
+#: that was forgotten takes its conversation from its browser, as after a restart.
+SESSIONS_KEPT = 500
 #: Seconds that replies which are cut get for their end, and then the network for the last words.
 CUT_SECONDS, FLUSH_SECONDS = 0.5, 0.3
 
@@ -132,6 +135,7 @@ def launch_page(
             server_port=settings.server_port,
             auth=settings.auth,
             max_threads=HANDLER_THREADS,
+            state_session_capacity=SESSIONS_KEPT,
             ssr_mode=False,
             run_history=False,
             footer_links=[],

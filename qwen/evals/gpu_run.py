@@ -52,7 +52,8 @@ class Plan:
         prompt: Tokens of the long prompt; the README's is 2,048.
         users: Numbers of users.
         user_tokens: Tokens of each user's prompt and reply.
-        profiled: Tokens of the reply whose kernels are timed; within a graph's first bucket.
+        profiled: Tokens of the replies whose kernels are timed; within a graph's first bucket.
+        profiled_users: Users whose steps are timed, besides one.
         context: Tokens of the long context.
     """
 
@@ -64,6 +65,7 @@ class Plan:
     users: tuple[int, ...] = (1, 8, 32)
     user_tokens: tuple[int, int] = (200, 128)
     profiled: int = 250
+    profiled_users: int = 8
     context: int = 32768
 
 
@@ -76,6 +78,7 @@ DRY = Plan(
     users=(1, 3),
     user_tokens=(20, 8),
     profiled=16,
+    profiled_users=3,
     context=4096,
 )
 
@@ -188,29 +191,30 @@ def _one_model(
 
 
 def _profile(plan: Plan) -> Iterator[dict[str, Any]]:
-    """Say which kernels a token's time goes to, and how long the GPU waits for the next."""
-    for weights in ("dense", "int4"):
+    """Say which kernels a step's time goes to, and how long the GPU waits for the next."""
+    for weights, users in (("dense", 1), ("dense", plan.profiled_users), ("int4", 1)):
         model = _model(plan, plan.sizes[0], weights)
-        name = f"{plan.sizes[0]} {'bf16' if weights == 'dense' else 'Int4'}"
+        name = f"{plan.sizes[0]} {'bf16' if weights == 'dense' else 'Int4'}, {users} users"
         engine = _engine(model, 4096)
+        steps = plan.profiled
+        work = partial(_together, engine, [[5 + user] for user in range(users)], steps)
         for _ in range(2):  # the second records the graphs of the compiled layers
-            reply(engine, [5], plan.profiled)
+            work()
             wait_for_compilation()
-        work = partial(reply, engine, [5], plan.profiled)
         seconds, _ = _timed(work, plan)
         kernels = _kernel_times(work)
-        steps = plan.profiled
         yield {
-            "what": f"{name}, a token of {steps}",
+            "what": f"{name}, a step of {steps}",
             "wall ms": seconds / steps * 1e3,
             "kernels ms": sum(total for total, _ in kernels.values()) / steps * 1e3,
+            "kernels": sum(calls for _, calls in kernels.values()) / steps,
         }
         for kernel in sorted(kernels, key=lambda key: -kernels[key][0])[:_KERNELS_SHOWN]:
             total, calls = kernels[kernel]
-            row = {"us a token": total / steps * 1e6, "us a call": total / calls * 1e6}
+            row = {"us a step": total / steps * 1e6, "us a call": total / calls * 1e6}
             yield {"what": f"  {kernel[:90]}", **row, "calls": calls / steps}
         engine.close()
-        del model, engine
+        del model, engine, work
         _release(plan)
 
 
