@@ -47,12 +47,14 @@ class Readers(Protocol):
         is_exact: Whether a sequence's numbers are the same, bit for bit, with whatever others and
             in whatever pieces it is read.
         can_batch: Whether several sequences can be read at once.
+        keeps_replies: Whether a later prompt need not read a reply again.
         position_bytes: What a token of context takes; 0 is unknown.
     """
 
     device: torch.device
     is_exact: bool
     can_batch: bool
+    keeps_replies: bool
     position_bytes: int
 
     def start(self, ids: Sequence[int], *, chunk: int, expected: int) -> SequenceReader:
@@ -97,7 +99,7 @@ class TransformersReaders:
     def __init__(self, model: Any, *, new_cache: Callable[[], Any]) -> None:
         self._model, self._new_cache = model, new_cache
         self.device = input_device(model)
-        self.is_exact = self.can_batch = False
+        self.is_exact = self.can_batch = self.keeps_replies = False
         self.position_bytes = self.kept_bytes = 0
 
     def start(self, ids: Sequence[int], *, chunk: int, expected: int) -> SequenceReader:
@@ -152,6 +154,7 @@ class DecoderReaders:
         self._max_length = max_length
         self.device, self.is_exact = decoder.device, decoder.is_exact
         self.can_batch, self.position_bytes = True, decoder.position_bytes
+        self.keeps_replies = self.is_exact and prefix_bytes > 0
 
     @property
     def kept_bytes(self) -> int:
@@ -188,10 +191,13 @@ class DecoderReaders:
         """See `Readers`."""
         readers = [_decoder_reader(reading) for reading in readings]
         ids = [torch.tensor(reading.ids) for reading in readings]
+        logits: list[Tensor | None] = [None]
         if len(readings) == 1:
             readers[0].is_sound = False
-            last = self._decoder.read(ids[0], readers[0].sequence)
-            logits: list[Tensor | None] = [last if readings[0].wants_logits else None]
+            if readings[0].wants_logits:
+                logits = [self._decoder.read(ids[0], readers[0].sequence)]
+            else:
+                self._decoder.advance(ids[0], readers[0].sequence)
         else:
             logits = self._decoder.read_many(
                 [

@@ -53,10 +53,12 @@ class Running:
 
     Attributes:
         quantum: Tokens of its prompt that may still be read before the next prompt's turn.
+        ending: Why its reply, which is complete, ends as soon as its last token is read.
     """
 
     def __init__(self, request: Request, state: SequenceState, *, quantum: int) -> None:
         self.request, self.state, self.quantum = request, state, quantum
+        self.ending: FinishReason | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +212,7 @@ class Scheduler:
         readers = self._readers
         assert readers is not None
         for running in [r for r in self._running if self._is_over(r.request)]:
-            self._end(running, "cancelled")
+            self._end(running, running.ending or "cancelled")
         self._admit(readers)
         began, num_tokens = time.monotonic(), 0
         for group in self._plan(readers):
@@ -315,13 +317,19 @@ class Scheduler:
         self, readers: Readers, group: Sequence[tuple[Running, int]]
     ) -> list[tuple[Running, Tensor]]:
         """Read the next tokens of sequences; returns those whose next token can be chosen."""
-        readings = [running.state.reading(size) for running, size in group]
+        readings = [
+            running.state.reading(size, is_last=running.ending is not None)
+            for running, size in group
+        ]
         logits, failure = _attempt(lambda: readers.read(readings))
         if isinstance(failure, OutOfMemory) and readers.kept_bytes:
             logger.warning("Memory ran out; what earlier requests have read is let go")
             readers.shrink(0)
             logits, failure = _attempt(lambda: readers.read(readings))
         if logits is not None:
+            for running, _ in group:
+                if running.ending is not None:
+                    self._end(running, running.ending)
             pairs = zip(group, logits, strict=True)
             return [(running, own) for (running, _), own in pairs if own is not None]
         assert failure is not None
@@ -362,7 +370,7 @@ class Scheduler:
     def _accept(self, running: Running, values: Sequence[float], readers: Readers) -> None:
         request, choice = running.request, running.state.accept(values)
         if choice.token_id in self._terms.eos:
-            self._end(running, "stop")
+            self._finish(running, "stop", choice.token_id, readers)
             return
         request.num_tokens += 1
         request.put(
@@ -371,9 +379,18 @@ class Scheduler:
             )
         )
         if request.num_tokens == request.max_tokens:
-            self._end(running, "length")
+            self._finish(running, "length", choice.token_id, readers)
         else:
             running.state.append(choice.token_id, readers)
+
+    def _finish(self, running: Running, reason: FinishReason, last: int, readers: Readers) -> None:
+        """End a reply, once its last token is read where the conversation's next prompt gains."""
+        if readers.keeps_replies:
+            running.state.append(last, readers)
+            if running.state.num_unread == 1:
+                running.ending = reason
+                return
+        self._end(running, reason)
 
     def _end(self, running: Running, reason: FinishReason) -> None:
         self._leave(running, keep=True)
@@ -382,6 +399,9 @@ class Scheduler:
 
     def _fail(self, running: Running, failure: QwenError) -> None:
         self._leave(running, keep=False)  # numbers that are none would spoil the next reply
+        if running.ending is not None:
+            running.request.put(EngineStep(finish_reason=running.ending))
+            return
         if isinstance(failure, OutOfMemory) and self._readers is not None:
             self._readers.shrink(0)
         running.request.put(failure)

@@ -69,12 +69,18 @@ class SequenceState:
         assert self._reader is not None
         return len(self._ids) - self._reader.num_read
 
-    def reading(self, size: int) -> Reading:
-        """Return the next tokens to read, so many at most."""
+    def reading(self, size: int, *, is_last: bool = False) -> Reading:
+        """Return the next tokens to read, so many at most.
+
+        Args:
+            size: Tokens.
+            is_last: No token is chosen after them.
+        """
         assert self._reader is not None
         first = self._reader.num_read
         ids = self._ids[first : first + size]
-        return Reading(self._reader, ids, wants_logits=first + len(ids) == len(self._ids))
+        wants_logits = not is_last and first + len(ids) == len(self._ids)
+        return Reading(self._reader, ids, wants_logits=wants_logits)
 
     def propose(self, logits: Tensor) -> Tensor:
         """See `Sampler.propose`."""

@@ -2,6 +2,7 @@
 
 import random
 import threading
+from dataclasses import replace
 
 import golden_v1
 import pytest
@@ -33,9 +34,8 @@ def build(request, monkeypatch):
 
     def make(model, **options):
         decoder = CountingDecoder(model, kernels=kernels)
-        return Engine(
-            model, eos_token_ids=[], context_length=512, decoder=decoder, **options
-        ), decoder
+        options = {"eos_token_ids": [], "context_length": 512} | options
+        return Engine(model, decoder=decoder, **options), decoder
 
     return make
 
@@ -45,18 +45,19 @@ class CountingDecoder(Decoder):
         super().__init__(model, **options)
         self.num_read, self.fail = 0, None
 
-    def read(self, ids, sequence):
+    def advance(self, ids, sequence):
         if self.fail is not None:
             error, self.fail = self.fail, None
             raise error
         self.num_read += len(ids)
-        return super().read(ids, sequence)
+        return super().advance(ids, sequence)
+
+
+GREEDY = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=8)
 
 
 def reply(engine, prompt, **values):
-    params = SamplingParams(
-        **{"temperature": 0, "repetition_penalty": 1, "max_new_tokens": 8} | values
-    )
+    params = replace(GREEDY, **values)
     steps = engine.submit(prompt, params, cancel=threading.Event())
     return [step.token_id for step in steps if step.token_id is not None]
 
@@ -83,11 +84,39 @@ def test_next_turn_reads_only_what_is_new(build):
     engine, decoder = build(build_tiny_model())
     prompt = list(range(1, 101))
     tokens = reply(engine, prompt)
+    # Inexact forms reuse whole chunks of the prompt only, so a reply's last token is not read.
+    assert decoder.num_read == 100 + (8 if decoder.is_exact else 7)
     decoder.num_read = 0
     reply(engine, [*prompt, *tokens, 5, 6], max_new_tokens=1)
-    # Read so far: the prompt and all tokens but the last. Inexact forms reuse whole chunks of the
-    # prompt only.
-    assert decoder.num_read == (3 if decoder.is_exact else 110 - 96)
+    assert decoder.num_read == (2 + 1 if decoder.is_exact else 110 - 96)
+
+
+def test_token_that_ends_a_reply_is_read_with_it(build):
+    engine, decoder = build(build_tiny_model())
+    prompt = list(range(1, 101))
+    tokens = reply(engine, prompt)
+    engine, decoder = build(build_tiny_model(), eos_token_ids=tokens[3:4])
+    ended = reply(engine, prompt)
+    assert ended == tokens[: tokens.index(tokens[3])]
+    decoder.num_read = 0
+    reply(engine, [*prompt, *ended, tokens[3], 5, 6], max_new_tokens=1)
+    assert decoder.num_read == (2 + 1 if decoder.is_exact else 100 + len(ended) + 3 - 96)
+
+
+def test_complete_reply_ends_well_if_its_last_token_cannot_be_read(build):
+    engine, decoder = build(build_tiny_model())
+    expected = reply(engine, range(1, 41))
+    advance = decoder.advance
+
+    def fail_at_the_end(ids, sequence):
+        if sequence.store.length == 40 + 7:
+            raise torch.OutOfMemoryError("out of memory")
+        return advance(ids, sequence)
+
+    decoder.advance = fail_at_the_end
+    steps = list(engine.submit(range(1, 41), GREEDY, cancel=threading.Event()))
+    assert [step.token_id for step in steps[:-1]] == expected
+    assert steps[-1].finish_reason == "length"
 
 
 def test_same_prompt_again_reads_its_end_only(build):
@@ -95,7 +124,7 @@ def test_same_prompt_again_reads_its_end_only(build):
     first = reply(engine, range(1, 101))
     decoder.num_read = 0
     assert reply(engine, range(1, 101)) == first
-    assert decoder.num_read == (1 if decoder.is_exact else 4) + 7
+    assert decoder.num_read == (1 + 8 if decoder.is_exact else 4 + 7)
 
 
 def test_change_of_alpha_reads_everything_again(build):
@@ -104,7 +133,7 @@ def test_change_of_alpha_reads_everything_again(build):
     tokens = reply(engine, prompt)
     decoder.num_read = 0
     reply(engine, [*prompt, *tokens], max_new_tokens=1)
-    assert decoder.num_read == 68
+    assert decoder.num_read == 68 + decoder.is_exact
 
 
 def test_growing_alpha_reads_again_and_gives_the_tokens_of_a_cold_run(build):
@@ -124,7 +153,7 @@ def test_failed_read_is_not_reused_and_lack_of_memory_drops_what_is_kept(build):
         reply(engine, range(1, 41))
     decoder.num_read = 0
     assert reply(engine, range(1, 41)) == expected
-    assert decoder.num_read == 40 + 7
+    assert decoder.num_read == 40 + (8 if decoder.is_exact else 7)
 
 
 def test_cancelled_reply_is_reused(build):
