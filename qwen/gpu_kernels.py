@@ -25,10 +25,11 @@ _DENSE_BLOCK = {"ROWS": 2, "COLUMNS": 1024, "num_warps": 4}
 _TILE_OUTPUTS, _TILE_INPUTS = 8, 128
 #: From so many outputs on: tiles of outputs and groups of inputs that a program of the 4-bit
 #: kernel reads at a time, and its warps. The fastest on an H200 for the matrices of a 7B model.
+#: Without `maxnreg` the compiler spares registers by loading weights only when they are needed.
 _INT4_BLOCKS = (
-    (16384, {"TILES": 4, "GROUPS": 2, "num_warps": 2}),
-    (8192, {"TILES": 4, "GROUPS": 4, "num_warps": 4}),
-    (0, {"TILES": 2, "GROUPS": 16, "num_warps": 16}),
+    (16384, {"TILES": 4, "GROUPS": 2, "num_warps": 2, "maxnreg": 128}),
+    (8192, {"TILES": 4, "GROUPS": 4, "num_warps": 4, "maxnreg": 128}),
+    (0, {"TILES": 4, "GROUPS": 16, "num_warps": 16, "maxnreg": 128}),
 )
 
 #: Programs that occupy a large GPU: attention is cut into parts until there are so many.
