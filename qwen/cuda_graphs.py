@@ -30,7 +30,7 @@ from qwen.decoder import (
     finish,
     project,
 )
-from qwen.decoder_ops import AttendRows, TorchOps, attend_masked, place_rows
+from qwen.decoder_ops import AttendRows, TorchOps, attend_masked, place_rows, rotate_and_store
 from qwen.kv_slots import KvSlot, KvSlots
 from qwen.rope import logn_factor, rotary_tables
 
@@ -138,17 +138,17 @@ class GraphedDecoder(Decoder):
         return logits
 
     def read_many(self, pieces: Sequence[Piece]) -> list[Tensor | None]:
-        """See `Decoder.read_many`; prompts one by one, then all single tokens in one step."""
+        """See `Decoder.read_many`; all prompts at once, then all single tokens in one step."""
         before = [piece.sequence.store.length for piece in pieces]
-        logits: dict[int, Tensor] = {}
+        logits: dict[int, Tensor | None] = {}
+        prompts = {i: piece for i, piece in enumerate(pieces) if len(piece.ids) > 1}
+        single = {i: piece for i, piece in enumerate(pieces) if len(piece.ids) == 1}
         try:
-            for place, piece in enumerate(pieces):
-                if len(piece.ids) > 1:
-                    logits[place] = super().read(piece.ids, piece.sequence)
-            single = {i: piece for i, piece in enumerate(pieces) if len(piece.ids) == 1}
+            if prompts:
+                rows = super().read_many(list(prompts.values()))
+                logits |= dict(zip(prompts, rows, strict=True))
             if single:
-                rows = self._step(list(single.values()))
-                logits |= dict(zip(single, rows, strict=True))
+                logits |= dict(zip(single, self._step(list(single.values())), strict=True))
         except BaseException:
             for piece, length in zip(pieces, before, strict=True):
                 piece.sequence.store.length = length
@@ -159,6 +159,8 @@ class GraphedDecoder(Decoder):
         while self._compiled:
             is_single, parts = self._compiled.popleft()
             self._step_parts[is_single] = parts
+            if not is_single:
+                self._parts = parts.layer  # for prompts
             self._graphs.clear()
         if self._slots is None:
             weights = self._weights
@@ -257,34 +259,39 @@ class GraphedDecoder(Decoder):
             logger.info("The decoder's layers are compiled for %s", which)
 
     def _try_parts(self, parts: StepParts, rows: int) -> None:
-        """Run each part of a step once."""
+        """Run each part of a step once, and with several rows those of a prompt."""
         weights, (table, _) = self._weights, self._table(1)
-        layer = weights.layers[0]
+        layer, layers = weights.layers[0], parts.layer
         inputs = _StepInputs(rows, table)
         hidden = torch.zeros(
             rows, weights.embedding.shape[1], dtype=self._dtype, device=self.device
         )
         heads, head_dim = weights.num_kv_heads, weights.head_dim
-        memory = torch.zeros(2, rows * heads * 4, head_dim, dtype=self._dtype, device=self.device)
+        memory = torch.zeros(2, rows * heads * 32, head_dim, dtype=self._dtype, device=self.device)
         places = torch.arange(rows * heads, device=self.device)
         cos, sin, logn = inputs.rotation()
         keys, values = memory[0], memory[1]
-        for tensor in (keys, values):
-            torch._dynamo.mark_dynamic(tensor, 0)
+        _let_vary(0, keys, values)
         if rows > 1:
-            varying = (hidden, places, cos, sin, *([] if logn is None else [logn]))
-            for tensor in varying:
-                torch._dynamo.mark_dynamic(tensor, 0)
-        project, finish, ops = parts.layer.project, parts.layer.finish, parts.layer.ops
-        qkv = project(ops, layer, hidden, weights.eps)
+            _let_vary(0, hidden, places, cos, sin, logn)
+        qkv = layers.project(layers.ops, layer, hidden, weights.eps)
         if rows > 1:
-            torch._dynamo.mark_dynamic(qkv, 0)
+            _let_vary(0, qkv)
         query = parts.place(qkv, keys, values, places, cos, sin, logn)
-        self._try_attention(parts, inputs.positions, query, *memory.view(2, rows, -1, 4, head_dim))
+        self._try_attention(
+            parts, inputs.positions, query, *memory.view(2, rows, heads, 32, head_dim)
+        )
         attended = query.reshape(rows, -1)
         if rows > 1:
-            torch._dynamo.mark_dynamic(attended, 0)
-        finish(ops, layer, hidden, attended, weights.eps)
+            _let_vary(0, attended)
+            table.reserve(rows)
+            span = table.span(0, rows, length=rows)
+            _let_vary(0, span.positions, span.cos, span.sin, span.logn)
+            keys, values = memory.view(2, rows, heads, 32, head_dim)[:, 0].unbind()
+            _let_vary(1, keys, values)
+            mask = layers.ops.build_mask(span)
+            layers.ops.attend(qkv, keys, values, span, mask, scale=weights.scale)
+        layers.finish(layers.ops, layer, hidden, attended, weights.eps)
 
     def _try_attention(
         self, parts: StepParts, positions: Tensor, query: Tensor, keys: Tensor, values: Tensor
@@ -296,6 +303,13 @@ class GraphedDecoder(Decoder):
             repeated = (memory[:, :, :1].expand(-1, -1, longest, -1) for memory in (keys, values))
             parts.attend(positions, longest, self._weights.scale)(query, *repeated)
             longest *= 2
+
+
+def _let_vary(dim: int, *tensors: Tensor | None) -> None:
+    """Have what is compiled for tensors serve any size of a dimension."""
+    for tensor in tensors:
+        if tensor is not None:
+            torch._dynamo.mark_dynamic(tensor, dim)
 
 
 def compile_step_parts(is_single: bool) -> StepParts:
@@ -316,7 +330,7 @@ def compile_step_parts(is_single: bool) -> StepParts:
     def attend(positions: Tensor, longest: int, scale: float) -> AttendRows:
         return partial(attend_rows, positions=positions, longest=longest, scale=scale)
 
-    ops = GpuOps() if is_single else TorchOps()
+    ops = GpuOps() if is_single else TorchOps(compiled(rotate_and_store))
     layer = ForwardParts(ops, project=compiled(project), finish=compiled(finish))
     return StepParts(layer, place=compiled(place_rows), attend=attend)
 

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from qwen.cpu_kernels import CpuKernels
@@ -26,8 +27,7 @@ class Span:
 
     Attributes:
         start: Position of the first one.
-        length: Slots of the store that are looked at: at least `start` and the new tokens; a
-            bucket that is larger when one CUDA graph serves several lengths.
+        length: Slots of the store that are looked at: `start` and the new tokens.
         positions: (tokens,), int64, on the device.
         cos: (tokens, rotary_dim), float32; likewise `sin`.
         logn: (tokens,), float32: factors of the queries; None is 1.
@@ -182,7 +182,14 @@ def attend_masked(positions: Tensor, longest: int, scale: float) -> AttendRows:
 
 
 class TorchOps:
-    """The operations by torch, in the dtype of what they are given."""
+    """The operations by torch, in the dtype of what they are given.
+
+    Args:
+        rotate_and_store: A compiled one.
+    """
+
+    def __init__(self, rotate_and_store: Callable[..., Tensor] = rotate_and_store) -> None:
+        self._rotate_and_store = rotate_and_store
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `DecoderOps`."""
@@ -200,7 +207,9 @@ class TorchOps:
         return linear(x) if add is None else add + linear(x)
 
     def build_mask(self, span: Span) -> Tensor | None:
-        """See `DecoderOps`: (tokens, length), which slots a token sees."""
+        """See `DecoderOps`: (tokens, length), which slots a token sees; on a GPU without memory."""
+        if span.positions.is_cuda:
+            return causal_lower_right(len(span.positions), span.length)
         slots = torch.arange(span.length, device=span.positions.device)
         return slots <= span.positions[:, None]
 
@@ -217,14 +226,21 @@ class TorchOps:
         """See `DecoderOps`."""
         assert mask is not None
         tokens, dim = qkv.shape[0], keys.shape[2]
-        query = rotate_and_store(qkv, keys, values, span.positions, span.cos, span.sin, span.logn)
+        query = self._rotate_and_store(
+            qkv, keys, values, span.positions, span.cos, span.sin, span.logn
+        )
         shared = query.shape[1] // tokens
+        if isinstance(mask, CausalBias):  # whose kernels want a head of queries by itself
+            query = query.view(-1, tokens, dim)
+        elif shared > 1:
+            mask = mask.repeat(shared, 1)
         mixed = scaled_dot_product_attention(
             query[None],
             keys[None, :, : span.length],
             values[None, :, : span.length],
-            attn_mask=mask if shared == 1 else mask.repeat(shared, 1),
+            attn_mask=mask,
             scale=scale,
+            enable_gqa=shared > 1 and isinstance(mask, CausalBias),
         )
         return mixed.reshape(-1, tokens, dim).transpose(0, 1).reshape(tokens, -1)
 
