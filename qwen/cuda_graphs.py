@@ -358,14 +358,15 @@ class _StepInputs:
 
         A row without a token writes to the next free position of its slot, where it does no harm.
         """
-        for row, slot in enumerate(used[: len(self._tables)]):
-            self._staged[1, row] = slot.length
+        ids, positions = [0] * len(self._tables), [0] * len(self._tables)
+        positions[: len(used)] = [slot.length for slot in used[: len(self._tables)]]
         for row, piece in pieces.items():
-            self._staged[0, row] = piece.ids[0]
+            ids[row] = int(piece.ids)
             table = piece.sequence.table
             if self._tables[row] is not table:
                 self._tables[row] = table
                 self._inv_freq[row].copy_(table.inv_freq)
+        self._staged.copy_(torch.tensor([ids, positions]))
         self._both.copy_(self._staged, non_blocking=True)
 
     def rotation(self) -> tuple[Tensor, Tensor, Tensor | None]:

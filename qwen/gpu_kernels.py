@@ -25,11 +25,11 @@ _DENSE_BLOCK = {"ROWS": 2, "COLUMNS": 1024, "num_warps": 4}
 _TILE_OUTPUTS, _TILE_INPUTS = 8, 128
 #: From so many outputs on: tiles of outputs and groups of inputs that a program of the 4-bit
 #: kernel reads at a time, and its warps. The fastest on an H200 for the matrices of a 7B model.
-#: Without `maxnreg` the compiler spares registers by loading weights only when they are needed.
-_INT4_BLOCKS = (
-    (16384, {"TILES": 4, "GROUPS": 2, "num_warps": 2, "maxnreg": 128}),
-    (8192, {"TILES": 4, "GROUPS": 4, "num_warps": 4, "maxnreg": 128}),
-    (0, {"TILES": 4, "GROUPS": 16, "num_warps": 16, "maxnreg": 128}),
+#: `maxnreg` decides how early the compiler lets weights be loaded, and how many programs fit.
+_INT4_BLOCKS: tuple[tuple[int, dict[str, int]], ...] = (
+    (16384, {"TILES": 8, "GROUPS": 4, "num_warps": 4, "maxnreg": 128}),
+    (8192, {"TILES": 4, "GROUPS": 8, "num_warps": 8}),
+    (0, {"TILES": 4, "GROUPS": 8, "num_warps": 8, "maxnreg": 255}),
 )
 
 #: Programs that occupy a large GPU: attention is cut into parts until there are so many.

@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -32,6 +32,7 @@ from qwen.errors import (
 from qwen.messages import FinishReason, QueuePlace
 from qwen.readers import Readers
 from qwen.reply_steps import EngineStep, Request
+from qwen.sampling import propose_rows
 from qwen.sequence import SequenceState, prefill_chunk
 from qwen.serving_pace import Pace
 
@@ -100,6 +101,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._starting: list[Request] = []  # neither waits nor runs yet
         self._running: list[Running] = []
+        self._undelivered: list[tuple[Request, EngineStep | QwenError]] = []
         self._thread: threading.Thread | None = None
         self._is_closed = False
         self._pace = Pace()
@@ -189,6 +191,7 @@ class Scheduler:
 
     def _bury(self) -> None:
         """After the loop's end in an error: tell those it ran, start it again for the others."""
+        self._deliver()
         running = [*self._starting, *(each.request for each in self._running)]
         for each in self._running:
             _attempt(partial(each.state.close, keep=False))
@@ -217,9 +220,19 @@ class Scheduler:
         began, num_tokens = time.monotonic(), 0
         for group in self._plan(readers):
             num_tokens += sum(size for _, size in group)
-            self._choose(self._read(readers, group), readers)
+            read = self._read(readers, group)
+            self._deliver()  # a GPU reads meanwhile
+            self._choose(read, readers)
+        if readers.device.type == "cpu" or not self._running:
+            self._deliver()
         if num_tokens:
             self._pace.note_step(num_tokens, time.monotonic() - began)
+
+    def _deliver(self) -> None:
+        """Hand callers what their requests have got, which wakes up their threads."""
+        for request, step in self._undelivered:
+            request.put(step)
+        self._undelivered.clear()
 
     def _is_over(self, request: Request) -> bool:
         return self._is_closed or request.is_cancelled
@@ -344,40 +357,54 @@ class Scheduler:
 
     def _choose(self, read: Sequence[tuple[Running, Tensor]], readers: Readers) -> None:
         """Choose the next token of every sequence that was read to its end."""
-        proposals: list[tuple[Running, Tensor]] = []
+        alike: dict[Hashable, list[tuple[Running, Tensor]]] = {}
         for running, logits in read:
             if self._is_over(running.request):
                 self._end(running, "cancelled")
                 continue
-            proposal, failure = _attempt(partial(running.state.propose, logits))
-            if proposal is None:
-                assert failure is not None
-                self._fail(running, failure)
-            else:
-                proposals.append((running, proposal))
+            # On a CPU each by itself: some sums depend on how many rows there are.
+            key = running.state.sampler.key if readers.device.type == "cuda" else running
+            alike.setdefault(key, []).append((running, logits))
+        proposals = [pair for group in alike.values() for pair in self._propose(group)]
         if not proposals:
             return
         # The one place where a GPU is waited for.
-        values = torch.cat([proposal for _, proposal in proposals]).tolist()
+        values = torch.cat([rows.flatten() for _, rows in proposals]).tolist()
         first = 0
-        for running, proposal in proposals:
-            own = values[first : first + len(proposal)]
-            first += len(proposal)
-            _, failure = _attempt(partial(self._accept, running, own, readers))
-            if failure is not None:
-                self._fail(running, failure)
+        for group, rows in proposals:
+            for running in group:
+                own = values[first : first + rows.shape[1]]
+                first += rows.shape[1]
+                _, failure = _attempt(partial(self._accept, running, own, readers))
+                if failure is not None:
+                    self._fail(running, failure)
+
+    def _propose(
+        self, group: Sequence[tuple[Running, Tensor]]
+    ) -> list[tuple[list[Running], Tensor]]:
+        """Compute the next tokens of sequences whose samplers are alike: `propose_rows`."""
+        all_running = [running for running, _ in group]
+        logits = torch.stack([own for _, own in group])
+        samplers = [running.state.sampler for running in all_running]
+        rows, failure = _attempt(partial(propose_rows, samplers, logits))
+        if rows is not None:
+            return [(all_running, rows)]
+        if len(group) > 1:  # one of them may be the culprit
+            return [pair for each in group for pair in self._propose([each])]
+        assert failure is not None
+        self._fail(all_running[0], failure)
+        return []
 
     def _accept(self, running: Running, values: Sequence[float], readers: Readers) -> None:
-        request, choice = running.request, running.state.accept(values)
+        request, choice = running.request, running.state.sampler.accept(values)
         if choice.token_id in self._terms.eos:
             self._finish(running, "stop", choice.token_id, readers)
             return
         request.num_tokens += 1
-        request.put(
-            EngineStep(
-                token_id=choice.token_id, logprob=choice.logprob, top_logprobs=choice.top_logprobs
-            )
+        step = EngineStep(
+            token_id=choice.token_id, logprob=choice.logprob, top_logprobs=choice.top_logprobs
         )
+        self._undelivered.append((request, step))
         if request.num_tokens == request.max_tokens:
             self._finish(running, "length", choice.token_id, readers)
         else:
@@ -395,16 +422,17 @@ class Scheduler:
     def _end(self, running: Running, reason: FinishReason) -> None:
         self._leave(running, keep=True)
         self._pace.note_turn(time.monotonic() - running.request.started_at)
-        running.request.put(EngineStep(finish_reason=reason))
+        self._undelivered.append((running.request, EngineStep(finish_reason=reason)))
 
     def _fail(self, running: Running, failure: QwenError) -> None:
         self._leave(running, keep=False)  # numbers that are none would spoil the next reply
         if running.ending is not None:
-            running.request.put(EngineStep(finish_reason=running.ending))
+            step = EngineStep(finish_reason=running.ending)
+            self._undelivered.append((running.request, step))
             return
         if isinstance(failure, OutOfMemory) and self._readers is not None:
             self._readers.shrink(0)
-        running.request.put(failure)
+        self._undelivered.append((running.request, failure))
 
     def _leave(self, running: Running, *, keep: bool) -> None:
         with self._lock:

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from qwen.messages import SamplingParams
 from qwen.readers import Readers, Reading, SequenceReader
-from qwen.sampling import Choice, Sampler
+from qwen.sampling import Sampler
 
 #: Prompt tokens read between two looks at `cancel` while nobody else has a reply running. Measured
 #: on 2 CPU cores with the embedded default: 256 take 0.4 s, at 0.94 of the speed of 1,024 at once;
@@ -30,6 +29,9 @@ def prefill_chunk(device: torch.device) -> int:
 
 class SequenceState:
     """A request's sequence while it runs.
+
+    Attributes:
+        sampler: Chooses its tokens.
 
     Args:
         readers: Begins it.
@@ -50,7 +52,7 @@ class SequenceState:
     ) -> None:
         self._ids = list(ids)
         self._expected, self._ntk_alpha = expected, ntk_alpha
-        self._sampler = Sampler(params, ids, device=readers.device)
+        self.sampler = Sampler(params, ids, device=readers.device)
         self._reader: SequenceReader | None = None
         self.start(readers)
 
@@ -81,14 +83,6 @@ class SequenceState:
         ids = self._ids[first : first + size]
         wants_logits = not is_last and first + len(ids) == len(self._ids)
         return Reading(self._reader, ids, wants_logits=wants_logits)
-
-    def propose(self, logits: Tensor) -> Tensor:
-        """See `Sampler.propose`."""
-        return self._sampler.propose(logits)
-
-    def accept(self, values: Sequence[float]) -> Choice:
-        """See `Sampler.accept`."""
-        return self._sampler.accept(values)
 
     def append(self, token_id: int, readers: Readers) -> None:
         """Take a token into the sequence, as the one to be read next."""

@@ -61,7 +61,7 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("block", range(3))
-@pytest.mark.parametrize(("inputs", "outputs"), [(128, 32), (640, 64)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(128, 64), (640, 128)])
 def test_row_times_int4_matrix(kernels, monkeypatch, inputs, outputs, block):
     blocks = kernels._INT4_BLOCKS
     monkeypatch.setattr(kernels, "_INT4_BLOCKS", ((0, blocks[block][1]),))
