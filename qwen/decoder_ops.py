@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.bias import CausalBias, causal_lower_right
-from torch.nn.functional import scaled_dot_product_attention, silu
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from qwen.cpu_kernels import CpuKernels
 from qwen.int8_linear import Int8Linear
@@ -98,8 +98,7 @@ def rotate_and_store(
     """Rotate queries and keys, write keys and values; the arguments are those of `attend`.
 
     Returns:
-        (kv_heads, tokens * heads / kv_heads, dim): queries that share keys behind each other, so
-        that keys are never repeated.
+        (heads, tokens, dim), queries; heads that share keys behind each other.
     """
     tokens, (kv_heads, _, dim) = qkv.shape[0], keys.shape
     heads = qkv.shape[1] // dim - 2 * kv_heads
@@ -113,7 +112,7 @@ def rotate_and_store(
         query = query * logn[:, None]
     keys.index_copy_(1, positions, key.to(keys.dtype))
     values.index_copy_(1, positions, value.to(values.dtype))
-    return query.to(values.dtype).reshape(kv_heads, -1, dim)
+    return query.to(values.dtype)
 
 
 def place_rows(
@@ -182,20 +181,11 @@ def attend_masked(positions: Tensor, longest: int, scale: float) -> AttendRows:
 
 
 class TorchOps:
-    """The operations by torch, in the dtype of what they are given.
-
-    Args:
-        rotate_and_store: A compiled one.
-    """
-
-    def __init__(self, rotate_and_store: Callable[..., Tensor] = rotate_and_store) -> None:
-        self._rotate_and_store = rotate_and_store
+    """The operations by torch, in the dtype of what they are given."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `DecoderOps`."""
-        exact = x.float()
-        exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
-        return weight * exact.to(x.dtype)
+        return rms_norm(x, weight.shape, weight, eps)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """See `DecoderOps`."""
@@ -204,7 +194,11 @@ class TorchOps:
 
     def linear(self, linear: Callable[..., Tensor], x: Tensor, add: Tensor | None = None) -> Tensor:
         """See `DecoderOps`."""
-        return linear(x) if add is None else add + linear(x)
+        if add is None:
+            return linear(x)
+        if isinstance(linear, nn.Linear) and linear.bias is None:
+            return torch.addmm(add, x, linear.weight.t())
+        return add + linear(x)
 
     def build_mask(self, span: Span) -> Tensor | None:
         """See `DecoderOps`: (tokens, length), which slots a token sees; on a GPU without memory."""
@@ -224,25 +218,35 @@ class TorchOps:
         scale: float,
     ) -> Tensor:
         """See `DecoderOps`."""
+        query = rotate_and_store(qkv, keys, values, span.positions, span.cos, span.sin, span.logn)
+        return self.attend_stored(query, keys, values, span, mask, scale=scale)
+
+    def attend_stored(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        span: Span,
+        mask: Tensor | None,
+        *,
+        scale: float,
+    ) -> Tensor:
+        """Attend as `attend`, with queries (heads, tokens, dim) that are rotated."""
         assert mask is not None
-        tokens, dim = qkv.shape[0], keys.shape[2]
-        query = self._rotate_and_store(
-            qkv, keys, values, span.positions, span.cos, span.sin, span.logn
-        )
-        shared = query.shape[1] // tokens
-        if isinstance(mask, CausalBias):  # whose kernels want a head of queries by itself
-            query = query.view(-1, tokens, dim)
-        elif shared > 1:
-            mask = mask.repeat(shared, 1)
+        (heads, tokens, dim), kv_heads = query.shape, keys.shape[0]
+        shared = heads // kv_heads
+        is_causal = isinstance(mask, CausalBias)
+        if not is_causal:  # keys that are shared are not repeated for it
+            query, mask = query.reshape(kv_heads, -1, dim), mask.repeat(shared, 1)
         mixed = scaled_dot_product_attention(
             query[None],
             keys[None, :, : span.length],
             values[None, :, : span.length],
             attn_mask=mask,
             scale=scale,
-            enable_gqa=shared > 1 and isinstance(mask, CausalBias),
+            enable_gqa=is_causal and shared > 1,
         )
-        return mixed.reshape(-1, tokens, dim).transpose(0, 1).reshape(tokens, -1)
+        return mixed.reshape(heads, tokens, dim).transpose(0, 1).reshape(tokens, -1)
 
 
 class CpuOps:

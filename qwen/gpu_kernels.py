@@ -1,8 +1,9 @@
-"""What one step of decoding on a GPU spends its time on, by our Triton kernels.
+"""What decoding on a GPU spends its time on, by our Triton kernels.
 
 One row times a dense or a 4-bit matrix, and the attention of one token of each of several rows:
-torch's own reach half of the memory's speed there (docs/performance.md). Needs Triton, which
-comes with torch for CUDA on Linux. Knows no model and no module.
+torch's own reach half of the memory's speed there (docs/performance.md). And a prompt's rotation,
+which is twenty calls of torch. Needs Triton, which comes with torch for CUDA on Linux. Knows no
+model and no module.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ _INT4_BLOCKS: tuple[tuple[int, dict[str, int]], ...] = (
 _PROGRAMS = 512
 #: Positions that a program of the attention reads at a time, and the fewest of a part.
 _BLOCK, _SMALLEST_PART = 64, 128
+#: Heads of a token that a program rotates.
+_HEADS_AT_ONCE = 8
 
 
 def can_multiply(weight: Tensor) -> bool:
@@ -158,6 +161,40 @@ def attend_rows(
                 SHARED=shared, DIM=dim, WIDTH=_padded(dim), PARTS=parts, num_warps=4,
             )  # fmt: skip
     return out
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    logn: Tensor | None,
+) -> Tensor:
+    """Rotate queries and keys, write keys and values, as `qwen.decoder_ops.rotate_and_store`.
+
+    Positions may lead into memory behind the keys, as `qwen.kv_slots.KvSlots.offset` does. Keys and
+    values have the same strides, and are contiguous in their last two dimensions.
+    """
+    tokens, (kv_heads, _, dim) = len(qkv), keys.shape
+    all_heads = qkv.shape[1] // dim
+    heads = all_heads - 2 * kv_heads
+    query = torch.empty(heads, tokens, dim, dtype=values.dtype, device=qkv.device)
+    with torch.cuda.device_of(qkv):  # type: ignore[no-untyped-call]
+        triton_kernels.rotate_and_store[(tokens, triton.cdiv(all_heads, _HEADS_AT_ONCE))](
+            qkv.contiguous(), keys, values, positions, cos, sin, logn, query,
+            tokens, keys.stride(0),
+            HEADS=heads,
+            KV_HEADS=kv_heads,
+            DIM=dim,
+            WIDTH=triton.next_power_of_2(dim),
+            ROTARY_DIM=cos.shape[1],
+            HAS_LOGN=logn is not None,
+            BLOCK=_HEADS_AT_ONCE,
+            num_warps=4,
+        )  # fmt: skip
+    return query
 
 
 def _padded(size: int) -> int:

@@ -75,6 +75,11 @@ class KvSlots:
         heads = torch.arange(len(positions) * kv_heads, device=positions.device)
         return heads * capacity + positions[:, None].expand(-1, kv_heads).flatten()
 
+    def offset(self, slot: KvSlot) -> int:
+        """Return how many rows of a layer's memory, (…, head_dim), lie before a slot."""
+        kv_heads, capacity = self.data.shape[3:5]
+        return slot.index * kv_heads * capacity
+
     def take(self, capacity: int) -> KvSlot:
         """Give a sequence a slot with room for so many positions."""
         self.grow(len(self._used) + 1, capacity)

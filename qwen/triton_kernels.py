@@ -1,4 +1,4 @@
-"""The kernels of `qwen.gpu_kernels`, in Triton: one row times a matrix, and a step's attention.
+"""The kernels of `qwen.gpu_kernels`, in Triton: a row times a matrix, attention, rotation.
 
 All add in float32. Arguments are tensors and sizes; lower-case ones are known at run time only.
 Names ending in `_ptr` point to the first number of a contiguous tensor unless strides are given.
@@ -262,3 +262,59 @@ def attend_join(
     )
     result = tl.sum(sums * factors[:, None], axis=0) / tl.sum(total * factors, axis=0)
     tl.store(out_ptr + program * DIM + dims, result.to(out_ptr.dtype.element_ty), mask=is_dim)
+
+
+@triton.jit
+def rotate_and_store(
+    qkv_ptr,
+    keys_ptr,
+    values_ptr,
+    positions_ptr,
+    cos_ptr,
+    sin_ptr,
+    logn_ptr,
+    query_ptr,
+    tokens,
+    head_stride,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    HAS_LOGN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Rotate some heads of a token, keep its keys and values, hand on its queries.
+
+    Shapes: qkv (tokens, HEADS + 2 * KV_HEADS, DIM); keys and values (KV_HEADS, …, DIM) by their
+    stride; positions and logn (tokens,); cos and sin (tokens, ROTARY_DIM); query
+    (HEADS, tokens, DIM). `WIDTH` is a power of two, at least `DIM`.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    heads, dims = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    all_heads = HEADS + 2 * KV_HEADS
+    is_own = (heads < all_heads)[:, None] & (dims < DIM)[None, :]
+    states_ptr = qkv_ptr + (token * all_heads + heads)[:, None] * DIM
+    is_rotary, half = dims < ROTARY_DIM, ROTARY_DIM // 2
+    other = tl.where(dims < half, dims + half, dims - half)
+    own = tl.load(states_ptr + dims[None, :], mask=is_own, other=0.0).to(tl.float32)
+    partner = tl.load(states_ptr + other[None, :], mask=is_own & is_rotary[None, :], other=0.0)
+    turned = tl.where((dims < half)[None, :], -partner.to(tl.float32), partner.to(tl.float32))
+    cos = tl.load(cos_ptr + token * ROTARY_DIM + dims, mask=is_rotary, other=1.0)
+    sin = tl.load(sin_ptr + token * ROTARY_DIM + dims, mask=is_rotary, other=0.0)
+    rotated = own * cos[None, :] + turned * sin[None, :]
+    query = rotated
+    if HAS_LOGN:
+        query = query * tl.load(logn_ptr + token)
+    places = (heads.to(tl.int64) * tokens + token)[:, None] * DIM + dims[None, :]
+    is_query = is_own & (heads < HEADS)[:, None]
+    tl.store(query_ptr + places, query.to(query_ptr.dtype.element_ty), mask=is_query)
+    position = tl.load(positions_ptr + token)
+    kept = position * DIM + dims[None, :]
+    key_heads, value_heads = heads - HEADS, heads - HEADS - KV_HEADS
+    is_key = is_own & ((key_heads >= 0) & (key_heads < KV_HEADS))[:, None]
+    places = key_heads.to(tl.int64)[:, None] * head_stride + kept
+    tl.store(keys_ptr + places, rotated.to(keys_ptr.dtype.element_ty), mask=is_key)
+    is_value = is_own & (value_heads >= 0)[:, None]
+    places = value_heads.to(tl.int64)[:, None] * head_stride + kept
+    tl.store(values_ptr + places, own.to(values_ptr.dtype.element_ty), mask=is_value)

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import interpreted_kernels  # noqa: F401  before all others
 import pytest
-import torch
+
+# isort: split
 from api_server import ApiServer, ServeApi, api_settings
 from fake_backend import FakeBackend, ready, wait_until
 
@@ -27,10 +29,6 @@ if TYPE_CHECKING:  # the tests without a browser run where Playwright is not ins
     from playwright.sync_api import Browser
 
     from qwen.cpu_kernels import CpuKernels
-
-if not torch.cuda.is_available():
-    # Triton looks at it when it is imported: GPU kernels run on a CPU then.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 PROJECT = Path(__file__).parent.parent
 #: As root Chromium wants no sandbox; the rest keeps it from calling home.

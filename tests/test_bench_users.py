@@ -75,7 +75,7 @@ def test_page_that_shows_an_error_instead_of_a_reply_is_an_error():
 
 def test_pause_is_the_longest_time_without_text_within_a_span():
     reply = PageReply(0.0, (1.0, 1.2, 2.0, 5.0), 5.1, 9)
-    assert reply.pause(1.0, 3.0) == pytest.approx(0.8)
+    assert reply.pause(1.0, 3.0) == pytest.approx(1.0)
     assert reply.pause(6.0, 7.0) == 0.0
 
 

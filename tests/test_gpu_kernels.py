@@ -14,7 +14,8 @@ from tiny_model import build_tiny_model
 
 from qwen import int4_kernels
 from qwen.cuda_graphs import GraphedDecoder, StepParts
-from qwen.decoder import Decoder, ForwardParts, finish, project
+from qwen.decoder import Decoder, ForwardParts, Piece, finish, project
+from qwen.decoder_ops import rotate_and_store
 from qwen.quantized import Int4Linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,6 +109,28 @@ def test_rows_attend_to_their_own_positions_only(kernels, shared, dim, longest):
     torch.testing.assert_close(actual.double(), exact, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("has_logn", [True, False])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "rotary_dim"), [(4, 4, 16, 16), (6, 2, 40, 8)]
+)
+def test_rotation_by_our_kernel_equals_torchs(kernels, heads, kv_heads, dim, rotary_dim, has_logn):
+    tokens, options = 5, {"dtype": torch.float32}
+    qkv = random(tokens, (heads + 2 * kv_heads) * dim, **options)
+    cos = random(tokens, rotary_dim, seed=1, **options)
+    sin = random(tokens, rotary_dim, seed=2, **options)
+    logn = random(tokens, seed=3, **options) if has_logn else None
+    positions = torch.arange(7, 7 + tokens, device=DEVICE)
+    results = []
+    for rotate in (kernels.rotate_and_store, rotate_and_store):
+        # A sequence's part of a larger memory.
+        memory = torch.zeros(2, 3, kv_heads, 20, dim, device=DEVICE)[:, 1]
+        query = rotate(qkv.clone(), memory[0], memory[1], positions, cos, sin, logn)
+        results.append((query, memory))
+    (query, memory), (expected_query, expected_memory) = results
+    torch.testing.assert_close(query, expected_query)
+    torch.testing.assert_close(memory, expected_memory)
+
+
 @pytest.mark.parametrize("make", [build_tiny_model, load_tiny])
 def test_steps_by_our_kernels_equal_the_plain_decoders(kernels, make):
     from qwen.gpu_ops import GpuOps
@@ -116,9 +139,13 @@ def test_steps_by_our_kernels_equal_the_plain_decoders(kernels, make):
         return partial(kernels.attend_rows, positions=positions, longest=longest, scale=scale)
 
     def read(decoder, ids):
-        sequence = decoder.start(len(ids))
-        pieces = [ids[:60], *ids[60:].split(1)]
-        return torch.stack([decoder.read(piece, sequence).clone() for piece in pieces])
+        others = [decoder.start(40), decoder.start(70)]
+        first, second = [Piece(ids[at:][:30], own) for at, own in enumerate(others)]
+        logits = [rows.clone() for rows in decoder.read_many([first, second])]
+        for ids_of_other, sequence in ((ids[30:40], others[0]), (ids[40:52], others[1])):
+            logits.append(decoder.read(ids_of_other, sequence).clone())
+        logits += [decoder.read(token, others[1]).clone() for token in ids[60:].split(1)]
+        return torch.stack(logits)
 
     def record(work):
         result = work()
@@ -128,6 +155,7 @@ def test_steps_by_our_kernels_equal_the_plain_decoders(kernels, make):
     decoder = GraphedDecoder(make().to(DEVICE), record=record)
     parts = StepParts(ForwardParts(GpuOps(), project=project, finish=finish), attend=attend)
     decoder._step_parts[True] = parts
+    decoder._rotate = kernels.rotate_and_store
     with torch.inference_mode():
         actual, expected = read(decoder, ids), read(Decoder(make().to(DEVICE)), ids)
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)

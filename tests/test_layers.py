@@ -103,6 +103,7 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen.decoder_weights": (2.8, "torch"),
     "qwen.int8_layers": (2.85, "torch"),
     "qwen.decoder": (2.9, "torch"),
+    "qwen.step_inputs": (2.92, "torch"),
     "qwen.cuda_graphs": (2.95, "torch"),
     "qwen.fast_decoder": (2.97, ""),
     "qwen.readers": (2.95, "torch"),

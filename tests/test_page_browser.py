@@ -373,6 +373,21 @@ def test_tab_that_stays_open_over_a_restart_of_the_server_keeps_its_history(
         demo.close(verbose=False)
 
 
+def test_tab_that_the_server_has_forgotten_keeps_its_conversation(
+    open_tab, serve_page, monkeypatch
+):
+    monkeypatch.setattr("webapp.server.SESSIONS_KEPT", 1)
+    backend = FakeBackend(lambda request: f"re {request.messages[-1].content}")
+    url = serve_page(backend)
+    first = open_tab(url)
+    first.ask("one")
+    open_tab(url).ask("two")  # another browser's
+    first.ask("three")
+    said = [m.content for m in backend.requests[-1].messages[1:]]
+    assert said == ["one", "re one", "three"]
+    first.expect_questions("one", "three")
+
+
 def test_reply_stays_when_the_answer_that_opens_the_page_comes_after_it(
     open_tab, serve_page, new_context
 ):

@@ -116,8 +116,8 @@ def _first(setup: Setup) -> Iterator[Comparison]:
 def _pause(setup: Setup) -> Iterator[Comparison]:
     for streams in (1, USERS - 1):
         pauses = []
-        for number in range(40, 40 + setup.rounds):
-            # About 2,000 tokens.
+        for number in range(100 * streams, 100 * streams + setup.rounds):
+            # About 2,000 tokens, and none that are kept from another round.
             text = " ".join(f"{word} {number} {i}" for i in range(125) for word in _TOPICS[:3])
             with ThreadPoolExecutor(streams) as pool:
                 asked = questions(number, streams)

@@ -46,9 +46,10 @@ class PageReply:
         return (self.tokens - 1) / (self.changes[-1] - self.changes[0])
 
     def pause(self, begin: float, end: float) -> float:
-        """Return the longest time without new text within a span of time."""
-        within = [t for t in self.changes if begin <= t <= end]
-        return max((after - before for before, after in pairwise(within)), default=0.0)
+        """Return the longest time without new text within a span of time; 0 after the reply."""
+        end = min(end, self.changes[-1])
+        within = [begin, *(t for t in self.changes if begin <= t <= end), end]
+        return max(after - before for before, after in pairwise(within)) if begin < end else 0.0
 
 
 class PageUser:

@@ -1,0 +1,57 @@
+"""`StepInputs`: what differs from step to step of a CUDA graph, in places that stay the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from qwen.decoder import Piece, RotaryTable
+from qwen.kv_slots import KvSlot
+from qwen.rope import logn_factor, rotary_tables
+
+
+class StepInputs:
+    """Tokens, positions and frequencies of a step's rows.
+
+    Attributes:
+        ids: (rows,), int64; likewise `positions`.
+
+    Args:
+        rows: Of the step.
+        table: Of any sequence of the model.
+    """
+
+    def __init__(self, rows: int, table: RotaryTable) -> None:
+        device = table.inv_freq.device
+        self._both = torch.zeros(2, rows, dtype=torch.int64, device=device)
+        self.ids, self.positions = self._both[0], self._both[1]
+        # Written on the CPU, from where they cross at once without waiting.
+        self._staged = torch.zeros(2, rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._inv_freq = table.inv_freq.repeat(rows, 1)
+        self._tables: list[RotaryTable | None] = [None] * rows
+        self._scale, self._logn_length = table.scale, table.logn_length
+
+    def write(self, pieces: Mapping[int, Piece], used: Sequence[KvSlot]) -> None:
+        """Write the next step's.
+
+        A row without a token writes to the next free position of its slot, where it does no harm.
+        """
+        ids, positions = [0] * len(self._tables), [0] * len(self._tables)
+        positions[: len(used)] = [slot.length for slot in used[: len(self._tables)]]
+        for row, piece in pieces.items():
+            ids[row] = int(piece.ids)
+            table = piece.sequence.table
+            if self._tables[row] is not table:
+                self._tables[row] = table
+                self._inv_freq[row].copy_(table.inv_freq)
+        self._staged.copy_(torch.tensor([ids, positions]))
+        self._both.copy_(self._staged, non_blocking=True)
+
+    def rotation(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Compute cosines and sines (rows, 1, rotary_dim) and log-n factors (rows, 1)."""
+        positions = self.positions[:, None]
+        cos, sin = rotary_tables(positions, self._inv_freq)
+        logn = None if self._logn_length is None else logn_factor(positions, self._logn_length)
+        return cos * self._scale, sin * self._scale, logn
