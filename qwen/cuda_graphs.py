@@ -91,7 +91,7 @@ class GraphedDecoder(Decoder):
         self._record = record or record_cuda_graph
         self._slots: KvSlots | None = None
         self._graphs: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
-        self._recorded_at = 0
+        self._recorded_for: tuple[int, torch.Size] | None = None
         self._inputs: dict[int, StepInputs] = {}
         self._rotate: Callable[..., Tensor] | None = None
         plain = StepParts(self._parts)
@@ -239,9 +239,10 @@ class GraphedDecoder(Decoder):
         """
         slots = self._slots
         assert slots is not None
-        if slots.place != self._recorded_at:
+        memory = slots.place, slots.data.shape
+        if memory != self._recorded_for:
             self._graphs.clear()
-            self._recorded_at = slots.place
+            self._recorded_for = memory
         bucket = _FIRST_BUCKET
         while bucket <= position:
             bucket *= 2
@@ -379,6 +380,6 @@ def record_cuda_graph(work: Callable[[], Tensor]) -> tuple[Callable[[], None], T
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # Other threads (the compiler's) go on with their own work meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         result = work()
     return graph.replay, result

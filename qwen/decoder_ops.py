@@ -196,7 +196,7 @@ class TorchOps:
         """See `DecoderOps`."""
         if add is None:
             return linear(x)
-        if isinstance(linear, nn.Linear) and linear.bias is None:
+        if type(linear) is nn.Linear and linear.bias is None:
             return torch.addmm(add, x, linear.weight.t())
         return add + linear(x)
 
@@ -238,6 +238,10 @@ class TorchOps:
         is_causal = isinstance(mask, CausalBias)
         if not is_causal:  # keys that are shared are not repeated for it
             query, mask = query.reshape(kv_heads, -1, dim), mask.repeat(shared, 1)
+        elif shared > 1 and not _has_flash_attention(query):
+            # What is causal without it takes as many keys as queries.
+            keys, values = (states.repeat_interleave(shared, 0) for states in (keys, values))
+            shared = 1
         mixed = scaled_dot_product_attention(
             query[None],
             keys[None, :, : span.length],
@@ -247,6 +251,12 @@ class TorchOps:
             enable_gqa=is_causal and shared > 1,
         )
         return mixed.reshape(heads, tokens, dim).transpose(0, 1).reshape(tokens, -1)
+
+
+def _has_flash_attention(query: Tensor) -> bool:
+    """Tell whether torch's flash attention takes queries: 16 bits, from Ampere on."""
+    major, _ = torch.cuda.get_device_capability(query.device)
+    return query.dtype != torch.float32 and major >= 8
 
 
 class CpuOps:

@@ -20,7 +20,7 @@ class GpuOps(TorchOps):
 
     def linear(self, linear: Callable[..., Tensor], x: Tensor, add: Tensor | None = None) -> Tensor:
         """See `DecoderOps`."""
-        if isinstance(linear, nn.Linear) and can_multiply(linear.weight):
+        if type(linear) is nn.Linear and can_multiply(linear.weight):
             dense: Tensor = multiply_row(x, linear.weight, linear.bias, add)
             return dense
         if isinstance(linear, Int4Linear) and x.dtype == COMPUTE_DTYPE:

@@ -83,6 +83,11 @@ def multiply(inputs: Tensor, packed: Tensor, scales: Tensor, *, group: int) -> T
     return result
 
 
+def outputs_of_a_row(device: torch.device) -> int:
+    """Return how many outputs lie in a row, along the first dimension, of the packed form."""
+    return 1 if device.type == "cpu" else _GPU_ROWS
+
+
 def can_unpack(device: torch.device, in_features: int) -> bool:
     """Tell whether the packed form of a device is understood."""
     if device.type == "cpu":

@@ -21,8 +21,9 @@ from qwen.int4_kernels import COMPUTE_DTYPE, MIDDLE, kernel_group
 #: anew for every few rows.
 DENSE_ROWS_CPU = 128
 DENSE_ROWS_GPU = 64
-#: Outputs whose weights are unpacked at a time on a CPU: 16 to 64 MB.
-_OUTPUTS_AT_ONCE = 1024
+#: Outputs whose weights are unpacked at a time: 16 to 64 MB on a CPU; on a GPU no more than the
+#: widest layer of a 7B model, since layers may be joined.
+_OUTPUTS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
 
 
 class Int4Linear(nn.Module):
@@ -175,18 +176,17 @@ class Int4Linear(nn.Module):
         return outputs.to(rows.dtype)
 
     def _many(self, rows: Tensor) -> Tensor:
-        if self.packed.device.type != "cpu":
-            return rows @ self._dense(rows.dtype)
-        step = _OUTPUTS_AT_ONCE
+        step = _OUTPUTS_AT_ONCE[self.packed.device.type]
         parts = range(0, self.out_features, step)
         return torch.cat([rows @ self._dense(rows.dtype, at, at + step) for at in parts], dim=-1)
 
     def _dense(self, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return the weights of some outputs, (in, outputs); on a GPU of all of them."""
+        """Return the weights of some outputs, (in, outputs), from and to whole tiles."""
         if not self._can_unpack():
             rows = torch.eye(self.in_features, dtype=COMPUTE_DTYPE, device=self.packed.device)
             return self._few(rows)[:, start:stop].to(dtype)
-        packed = self.packed[start:stop] if self.packed.device.type == "cpu" else self.packed
+        tile = int4_kernels.outputs_of_a_row(self.packed.device)
+        packed = self.packed[start // tile : None if stop is None else stop // tile]
         codes = int4_kernels.unpack(packed, in_features=self.in_features)
         scale, offset = self.scales[:, None, start:stop].to(dtype).unbind(-1)
         groups = codes.view(-1, self.group, codes.shape[1]).to(dtype)

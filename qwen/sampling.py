@@ -135,7 +135,8 @@ def propose_rows(samplers: Sequence[Sampler], logits: Tensor) -> Tensor:
     else:
         largest, probabilities, ids = _candidates(scores, params)
         uniform = torch.tensor([[sampler.draw()] for sampler in samplers], dtype=torch.float64)
-        token = ids.gather(1, _draw(probabilities, uniform.to(raw.device)))[:, 0]
+        uniform = uniform.to(raw.device, non_blocking=True)
+        token = ids.gather(1, _draw(probabilities, uniform))[:, 0]
     parts = [largest.double()[:, None], token.double()[:, None]]
     if params.top_logprobs is not None:
         logprobs = raw.double() - raw.double().logsumexp(1, keepdim=True)
@@ -149,7 +150,9 @@ def _places(seen: Sequence[tuple[Tensor, list[int]]], logits: Tensor) -> Tensor:
     rows, vocab_size = logits.shape
     latest = [row * vocab_size + token for row in range(rows) for token in seen[row][1]]
     earlier = [ids + row * vocab_size if row else ids for row, (ids, _) in enumerate(seen)]
-    return torch.cat([*earlier, earlier[0].new_tensor(latest)] if latest else earlier)
+    if latest:
+        earlier.append(torch.tensor(latest).to(logits.device, non_blocking=True))
+    return torch.cat(earlier)
 
 
 def _draw(probabilities: Tensor, uniform: Tensor) -> Tensor:

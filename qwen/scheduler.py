@@ -14,9 +14,10 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -168,7 +169,7 @@ class Scheduler:
 
     def _run(self) -> None:
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self._on_device():
                 while self._has_work():
                     self._step()
         except BaseException as error:
@@ -177,6 +178,12 @@ class Scheduler:
             return
         with self._lock:
             self._bury()
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Make the model's GPU the thread's own, where graphs are recorded."""
+        assert self._readers is not None
+        device = self._readers.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
     def _has_work(self) -> bool:
         """Tell whether the loop goes on; if not, its thread is no longer the loop's."""
@@ -192,9 +199,11 @@ class Scheduler:
     def _bury(self) -> None:
         """After the loop's end in an error: tell those it ran, start it again for the others."""
         self._deliver()
-        running = [*self._starting, *(each.request for each in self._running)]
+        running = [*self._starting, *(r.request for r in self._running if r.ending is None)]
         for each in self._running:
             _attempt(partial(each.state.close, keep=False))
+            if each.ending is not None:
+                each.request.put(EngineStep(finish_reason=each.ending))
         self._starting, self._running, self._thread = [], [], None
         for request in running:
             request.put(
@@ -220,10 +229,12 @@ class Scheduler:
         began, num_tokens = time.monotonic(), 0
         for group in self._plan(readers):
             num_tokens += sum(size for _, size in group)
+            if any(size > 1 for _, size in group):
+                self._deliver()  # the host has much to do for a prompt
             read = self._read(readers, group)
             self._deliver()  # a GPU reads meanwhile
             self._choose(read, readers)
-        if readers.device.type == "cpu" or not self._running:
+        if not (readers.can_batch and readers.device.type == "cuda" and self._running):
             self._deliver()
         if num_tokens:
             self._pace.note_step(num_tokens, time.monotonic() - began)
@@ -384,9 +395,10 @@ class Scheduler:
     ) -> list[tuple[list[Running], Tensor]]:
         """Compute the next tokens of sequences whose samplers are alike: `propose_rows`."""
         all_running = [running for running, _ in group]
-        logits = torch.stack([own for _, own in group])
         samplers = [running.state.sampler for running in all_running]
-        rows, failure = _attempt(partial(propose_rows, samplers, logits))
+        rows, failure = _attempt(
+            lambda: propose_rows(samplers, torch.stack([logits for _, logits in group]))
+        )
         if rows is not None:
             return [(all_running, rows)]
         if len(group) > 1:  # one of them may be the culprit
@@ -413,26 +425,23 @@ class Scheduler:
     def _finish(self, running: Running, reason: FinishReason, last: int, readers: Readers) -> None:
         """End a reply, once its last token is read where the conversation's next prompt gains."""
         if readers.keeps_replies:
+            running.ending = reason
             running.state.append(last, readers)
             if running.state.num_unread == 1:
-                running.ending = reason
                 return
         self._end(running, reason)
 
     def _end(self, running: Running, reason: FinishReason) -> None:
+        self._undelivered.append((running.request, EngineStep(finish_reason=reason)))
         self._leave(running, keep=True)
         self._pace.note_turn(time.monotonic() - running.request.started_at)
-        self._undelivered.append((running.request, EngineStep(finish_reason=reason)))
 
     def _fail(self, running: Running, failure: QwenError) -> None:
+        step = EngineStep(finish_reason=running.ending) if running.ending else failure
+        self._undelivered.append((running.request, step))
         self._leave(running, keep=False)  # numbers that are none would spoil the next reply
-        if running.ending is not None:
-            step = EngineStep(finish_reason=running.ending)
-            self._undelivered.append((running.request, step))
-            return
         if isinstance(failure, OutOfMemory) and self._readers is not None:
             self._readers.shrink(0)
-        self._undelivered.append((running.request, failure))
 
     def _leave(self, running: Running, *, keep: bool) -> None:
         with self._lock:
@@ -442,7 +451,7 @@ class Scheduler:
         if failure is not None:
             logger.warning("A sequence that ended could not be kept for reuse")
         if self._readers is not None and self._readers.device.type == "cuda" and not self._running:
-            torch.cuda.empty_cache()
+            _attempt(torch.cuda.empty_cache)  # raises after an error that the GPU does not forget
 
 
 def _end_loop(scheduler: weakref.ref[Scheduler]) -> None:

@@ -264,7 +264,7 @@ def attend_join(
     tl.store(out_ptr + program * DIM + dims, result.to(out_ptr.dtype.element_ty), mask=is_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def rotate_and_store(
     qkv_ptr,
     keys_ptr,

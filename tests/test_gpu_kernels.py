@@ -163,6 +163,21 @@ def test_steps_by_our_kernels_equal_the_plain_decoders(kernels, make):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("shared", [1, 7])
+def test_rows_attend_in_bfloat16(kernels, shared):
+    query = random(2, 4, shared, 64)
+    keys, values = random(2, 4, 2000, 64, seed=1), random(2, 4, 2000, 64, seed=2)
+    positions = torch.tensor([1999, 700], device=DEVICE)
+    seen = (torch.arange(2000, device=DEVICE) <= positions[:, None])[:, None, None]
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        query.double(), keys.double(), values.double(), attn_mask=seen, scale=0.125
+    )
+    actual = kernels.attend_rows(query, keys, values, positions, longest=2048, scale=0.125)
+    torch.testing.assert_close(actual.double(), exact, atol=5e-3, rtol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
 def test_joined_int4_layers_compute_what_each_does(kernels):
     from qwen.gpu_ops import GpuOps
 

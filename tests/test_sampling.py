@@ -12,7 +12,7 @@ from transformers import (
 
 from qwen.errors import BackendFailed
 from qwen.messages import SamplingParams
-from qwen.sampling import Sampler, candidates, penalize_seen
+from qwen.sampling import Sampler, candidates, penalize_seen, propose_rows
 
 VOCAB = 5000
 
@@ -175,3 +175,56 @@ def test_logits_that_are_no_numbers_are_an_error(bad, temperature):
 def test_all_logits_minus_infinity_are_an_error():
     with pytest.raises(BackendFailed):
         sampler(params(), [0]).choose(torch.full((9,), -math.inf))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0},
+        {"temperature": 0, "repetition_penalty": 1.3},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.1},
+        {"temperature": 1.0, "top_k": 0, "top_p": 0.8, "top_logprobs": 3},
+        {"temperature": 1.0, "top_k": 0, "top_p": 1.0},
+    ],
+)
+def test_rows_together_get_the_tokens_that_each_gets_alone(settings):
+    prompts = [[1, 2, 3], [], [7]]
+    params = [SamplingParams(**settings, seed=seed) for seed in range(3)]
+    together, alone = (
+        [sampler(each, ids) for each, ids in zip(params, prompts, strict=True)] for _ in range(2)
+    )
+    assert len({each.key for each in together}) == 1
+    for step in range(80):  # more than are kept apart from those seen before
+        logits = torch.randn(3, 200, generator=torch.Generator().manual_seed(step))
+        rows = propose_rows(together, logits).tolist()
+        choices = [each.accept(row) for each, row in zip(together, rows, strict=True)]
+        expected = [each.choose(row) for each, row in zip(alone, logits, strict=True)]
+        assert [c.token_id for c in choices] == [c.token_id for c in expected]
+        for choice, other in zip(choices, expected, strict=True):
+            assert dict(choice.top_logprobs) == pytest.approx(dict(other.top_logprobs))
+
+
+def test_row_that_is_no_number_leaves_the_others():
+    params = SamplingParams(temperature=0.8, top_k=20, top_p=0.9)
+    samplers = [sampler(params, []) for _ in range(3)]
+    logits = torch.randn(3, 200, generator=torch.Generator().manual_seed(0))
+    logits[1] = torch.nan
+    rows = propose_rows(samplers, logits).tolist()
+    with pytest.raises(BackendFailed, match="not numbers"):
+        samplers[1].accept(rows[1])
+    assert samplers[0].accept(rows[0]).token_id in range(200)
+    assert samplers[2].accept(rows[2]).token_id in range(200)
+
+
+def test_samplers_of_other_settings_do_not_go_together():
+    keys = {
+        sampler(SamplingParams(**settings), []).key
+        for settings in (
+            {},
+            {"temperature": 0.3},
+            {"top_k": 3},
+            {"top_p": 0.3},
+            {"top_logprobs": 1},
+        )
+    }
+    assert len(keys) == 5
