@@ -236,19 +236,19 @@ class TorchOps:
         (heads, tokens, dim), kv_heads = query.shape, keys.shape[0]
         shared = heads // kv_heads
         is_causal = isinstance(mask, CausalBias)
-        if not is_causal:  # keys that are shared are not repeated for it
+        keys, values = keys[:, : span.length], values[:, : span.length]
+        if shared > 1 and not is_causal:  # keys that are shared are not repeated for it
             query, mask = query.reshape(kv_heads, -1, dim), mask.repeat(shared, 1)
         elif shared > 1 and not _has_flash_attention(query):
             # What is causal without it takes as many keys as queries.
             keys, values = (states.repeat_interleave(shared, 0) for states in (keys, values))
-            shared = 1
         mixed = scaled_dot_product_attention(
             query[None],
-            keys[None, :, : span.length],
-            values[None, :, : span.length],
+            keys[None],
+            values[None],
             attn_mask=mask,
             scale=scale,
-            enable_gqa=is_causal and shared > 1,
+            enable_gqa=len(query) != len(keys),
         )
         return mixed.reshape(heads, tokens, dim).transpose(0, 1).reshape(tokens, -1)
 

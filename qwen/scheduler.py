@@ -17,18 +17,18 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from qwen.attempt import attempt
 from qwen.errors import (
     BackendFailed,
     BackendNotReady,
     OutOfMemory,
     QwenError,
     TooManyRequests,
-    is_out_of_memory,
 )
 from qwen.messages import FinishReason, QueuePlace
 from qwen.readers import Readers
@@ -38,13 +38,6 @@ from qwen.sequence import SequenceState, prefill_chunk
 from qwen.serving_pace import Pace
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-#: All that oneDNN says when it gets no memory for its scratchpad (run under RLIMIT_AS). It says the
-#: same of an operation that it does not know, but then the warm-up would have failed.
-_ONEDNN_OUT_OF_MEMORY = "could not create a primitive"
-
 
 #: Seconds that the interpreter's end waits for a step to end.
 _END_SECONDS = 2.0
@@ -201,7 +194,7 @@ class Scheduler:
         self._deliver()
         running = [*self._starting, *(r.request for r in self._running if r.ending is None)]
         for each in self._running:
-            _attempt(partial(each.state.close, keep=False))
+            attempt(partial(each.state.close, keep=False))
             if each.ending is not None:
                 each.request.put(EngineStep(finish_reason=each.ending))
         self._starting, self._running, self._thread = [], [], None
@@ -287,7 +280,7 @@ class Scheduler:
             request.put(EngineStep(queued=QueuePlace(0, 0.0)))
         alpha = self._terms.ntk_alpha
         expected = len(request.ids) + request.max_tokens
-        state, failure = _attempt(
+        state, failure = attempt(
             lambda: SequenceState(
                 readers, request.ids, request.params, expected=expected, ntk_alpha=alpha
             )
@@ -345,11 +338,11 @@ class Scheduler:
             running.state.reading(size, is_last=running.ending is not None)
             for running, size in group
         ]
-        logits, failure = _attempt(lambda: readers.read(readings))
+        logits, failure = attempt(lambda: readers.read(readings))
         if isinstance(failure, OutOfMemory) and readers.kept_bytes:
             logger.warning("Memory ran out; what earlier requests have read is let go")
             readers.shrink(0)
-            logits, failure = _attempt(lambda: readers.read(readings))
+            logits, failure = attempt(lambda: readers.read(readings))
         if logits is not None:
             for running, _ in group:
                 if running.ending is not None:
@@ -386,7 +379,7 @@ class Scheduler:
             for running in group:
                 own = values[first : first + rows.shape[1]]
                 first += rows.shape[1]
-                _, failure = _attempt(partial(self._accept, running, own, readers))
+                _, failure = attempt(partial(self._accept, running, own, readers))
                 if failure is not None:
                     self._fail(running, failure)
 
@@ -396,7 +389,7 @@ class Scheduler:
         """Compute the next tokens of sequences whose samplers are alike: `propose_rows`."""
         all_running = [running for running, _ in group]
         samplers = [running.state.sampler for running in all_running]
-        rows, failure = _attempt(
+        rows, failure = attempt(
             lambda: propose_rows(samplers, torch.stack([logits for _, logits in group]))
         )
         if rows is not None:
@@ -447,11 +440,11 @@ class Scheduler:
         with self._lock:
             if running in self._running:
                 self._running.remove(running)
-        _, failure = _attempt(partial(running.state.close, keep=keep))
+        _, failure = attempt(partial(running.state.close, keep=keep))
         if failure is not None:
             logger.warning("A sequence that ended could not be kept for reuse")
         if self._readers is not None and self._readers.device.type == "cuda" and not self._running:
-            _attempt(torch.cuda.empty_cache)  # raises after an error that the GPU does not forget
+            attempt(torch.cuda.empty_cache)  # raises after an error that the GPU does not forget
 
 
 def _end_loop(scheduler: weakref.ref[Scheduler]) -> None:
@@ -459,28 +452,3 @@ def _end_loop(scheduler: weakref.ref[Scheduler]) -> None:
     left = scheduler()
     if left is not None:
         left.end()
-
-
-def _attempt(work: Callable[[], T]) -> tuple[T | None, QwenError | None]:
-    """Do some work; return its result, or the error by its name."""
-    try:
-        return work(), None
-    except QwenError as error:
-        return None, error.with_traceback(None)
-    except Exception as error:
-        # A new error, that does not hold the tensors in the frames of the first one's traceback.
-        return None, _named_error(error)
-
-
-def _named_error(error: Exception) -> QwenError:
-    if is_out_of_memory(error) or _ONEDNN_OUT_OF_MEMORY in str(error):
-        logger.warning("Out of memory while generating (%s)", str(error))
-        return OutOfMemory(
-            "Memory ran out while generating. Shorten the conversation or start a new chat, "
-            "lower max_new_tokens, or use a smaller model."
-        )
-    logger.error("Generating failed", exc_info=error)
-    return BackendFailed(
-        "Generating failed because of an unexpected fault. The server's log has the details; "
-        "try again."
-    )

@@ -109,6 +109,7 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen.readers": (2.95, "torch"),
     # Many users on one model.
     "qwen.serving_pace": (0, ""),
+    "qwen.attempt": (1, ""),
     "qwen.reply_steps": (1, ""),
     "qwen.sequence": (2.96, "torch"),
     "qwen.scheduler": (2.97, "torch"),
