@@ -14,7 +14,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -29,10 +28,18 @@ from qwen.decoder import (
     finish,
     project,
 )
-from qwen.decoder_ops import AttendRows, Span, TorchOps, attend_masked, place_rows
+from qwen.decoder_ops import (
+    Attend,
+    PromptRows,
+    Rotation,
+    Span,
+    TorchOps,
+    attend_masked,
+    has_flash_attention,
+)
 from qwen.kv_slots import KvSlot, KvSlots
 from qwen.kv_store import KvStore
-from qwen.step_inputs import StepInputs
+from qwen.step_inputs import ComputeRotation, StepInputs, compute_rotation
 
 logger = logging.getLogger(__name__)
 
@@ -44,21 +51,26 @@ _FIRST_BUCKET = 256
 _LONGEST_TRIED = 65536
 
 
+#: Prepares the attention of prompts by their rotation, and the factor of the scores.
+AttendPrompts = Callable[[Rotation, Sequence[PromptRows], float], Attend]
+
+
 @dataclass(frozen=True, slots=True)
 class StepParts:
     """What a step is computed with; the first two may be compiled.
 
     Attributes:
         layer: Before and after attention.
-        place: See `place_rows`.
+        rotation: See `compute_rotation`.
         attend: See `attend_masked`.
-        rotate: See `rotate_and_store`; also for the prompts of several sequences at once.
+        attend_prompts: Prepares the attention of several prompts at once, see
+            `qwen.gpu_attention.attend_prompts`; None where there is none.
     """
 
     layer: ForwardParts
-    place: Callable[..., Tensor] = place_rows
-    attend: Callable[[Tensor, int, float], AttendRows] = attend_masked
-    rotate: Callable[..., Tensor] | None = None
+    rotation: ComputeRotation = compute_rotation
+    attend: Callable[[Rotation, int, float], Attend] = attend_masked
+    attend_prompts: AttendPrompts | None = None
 
 
 #: Does some work once, and returns what does it again and where the result then is.
@@ -93,7 +105,7 @@ class GraphedDecoder(Decoder):
         self._graphs: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
         self._recorded_for: tuple[int, torch.Size] | None = None
         self._inputs: dict[int, StepInputs] = {}
-        self._rotate: Callable[..., Tensor] | None = None
+        self._attend_prompts: AttendPrompts | None = None
         plain = StepParts(self._parts)
         self._step_parts = {True: plain, False: plain}  # for one row and for several
         self._compiled: deque[tuple[bool, StepParts]] = deque()
@@ -159,41 +171,33 @@ class GraphedDecoder(Decoder):
         return [logits[i] if piece.wants_logits else None for i, piece in enumerate(pieces)]
 
     def forward(self, ids: Tensor, spans: Sequence[Span], stores: Sequence[KvStore]) -> Tensor:
-        """See `Decoder.forward`; by our kernel, once it is ready, all tokens are rotated at once.
+        """See `Decoder.forward`; all prompts attend at once as soon as there is what does it.
 
         Nothing of it is compiled: on an H200's host a call of a compiled function takes 0.25 ms.
         """
-        rotate, slots, ops = self._rotate, self._slots, self._parts.ops
-        if rotate is None or slots is None or not isinstance(ops, TorchOps):
+        prepare, slots = self._attend_prompts, self._slots
+        if prepare is None or slots is None:
             return super().forward(ids, spans, stores)
         own = [store for store in stores if isinstance(store, KvSlot)]
-        places = torch.cat(
-            [span.positions + slots.offset(slot) for span, slot in zip(spans, own, strict=True)]
-        )
+        offsets = [slots.offset(slot) for slot in own]
+        places = [span.positions + at for span, at in zip(spans, offsets, strict=True)]
         cos, sin = (torch.cat([getattr(span, name) for span in spans]) for name in ("cos", "sin"))
-        all_logn = [span.logn for span in spans if span.logn is not None]
-        logn = torch.cat(all_logn) if all_logn else None
-        sizes, masks = [len(span.positions) for span in spans], list(map(ops.build_mask, spans))
+        logn = [span.logn for span in spans if span.logn is not None]
+        attend_layer = prepare(
+            Rotation(torch.cat(places), cos, sin, torch.cat(logn) if logn else None),
+            [
+                PromptRows(len(span.positions), span.length, at)
+                for span, at in zip(spans, offsets, strict=True)
+            ],
+            self._weights.scale,
+        )
 
         def attend(index: int, qkv: Tensor) -> Tensor:
-            query = rotate(
-                qkv, *(part[0] for part in slots.layer(index, 1)), places, cos, sin, logn
-            )
-            rows = zip(torch.split(query, sizes, dim=1), own, spans, masks, strict=True)
-            attended = [
-                ops.attend_stored(query, *slot.layer(index), span, mask, scale=self._weights.scale)
-                for query, slot, span, mask in rows
-            ]
-            return attended[0] if len(attended) == 1 else torch.cat(attended)
+            return attend_layer(qkv, *slots.layer(index))
 
         return self._layers(ids, attend, self._parts)
 
     def _take_slot(self, capacity: int, max_capacity: int | None) -> KvSlot:
-        while self._compiled:
-            is_single, parts = self._compiled.popleft()
-            self._step_parts[is_single] = parts
-            self._rotate = parts.rotate
-            self._graphs.clear()
         if self._slots is None:
             weights = self._weights
             self._slots = KvSlots(
@@ -205,6 +209,12 @@ class GraphedDecoder(Decoder):
                 capacity=min(_FIRST_CAPACITY, max_capacity or _FIRST_CAPACITY),
                 max_capacity=max_capacity,
             )
+        while self._compiled:
+            is_single, parts = self._compiled.popleft()
+            self._step_parts[is_single] = parts
+            if has_flash_attention(self._slots.data):
+                self._attend_prompts = parts.attend_prompts
+            self._graphs.clear()
         return self._slots.take(capacity)
 
     def _step(self, pieces: Sequence[Piece]) -> list[Tensor]:
@@ -258,18 +268,10 @@ class GraphedDecoder(Decoder):
         self, slots: KvSlots, inputs: StepInputs, bucket: int, parts: StepParts
     ) -> Tensor:
         """Compute a step: (rows, vocab_size), from what lies in `inputs`."""
-        positions, scale = inputs.positions, self._weights.scale
-        rows = len(positions)
-        cos, sin, logn = inputs.rotation()
-        places = slots.places(positions)
-        attend_rows = parts.attend(positions, bucket, scale)
+        attend_layer = parts.attend(inputs.rotation(parts.rotation), bucket, self._weights.scale)
 
         def attend(index: int, qkv: Tensor) -> Tensor:
-            keys, values = slots.layer(index, rows)
-            dim = keys.shape[-1]
-            flat = keys.view(-1, dim), values.view(-1, dim)
-            query = parts.place(qkv, *flat, places, cos, sin, logn)
-            return attend_rows(query, keys, values).reshape(rows, -1)
+            return attend_layer(qkv, *slots.layer(index, len(inputs.ids)))
 
         return self.logits(self._layers(inputs.ids, attend, parts.layer))
 
@@ -299,39 +301,31 @@ class GraphedDecoder(Decoder):
         hidden = torch.zeros(
             rows, weights.embedding.shape[1], dtype=self._dtype, device=self.device
         )
-        heads, head_dim = weights.num_kv_heads, weights.head_dim
-        memory = torch.zeros(2, rows * heads * 32, head_dim, dtype=self._dtype, device=self.device)
-        places = torch.arange(rows * heads, device=self.device)
-        cos, sin, logn = inputs.rotation()
-        keys, values = memory[0], memory[1]
-        _let_vary(0, keys, values)
         if rows > 1:
-            _let_vary(0, hidden, places, cos, sin, logn)
+            _let_vary(0, hidden)
         qkv = layers.project(layers.ops, layer, hidden, weights.eps)
-        if rows > 1:
-            _let_vary(0, qkv)
-        query = parts.place(qkv, keys, values, places, cos, sin, logn)
-        self._try_attention(
-            parts, inputs.positions, query, *memory.view(2, rows, heads, 32, head_dim)
-        )
-        attended = query.reshape(rows, -1)
+        attended = self._try_attention(parts, inputs, qkv)
         if rows > 1:
             _let_vary(0, attended)
         layers.finish(layers.ops, layer, hidden, attended, weights.eps)
-        if parts.rotate is not None:
-            own = memory.view(2, rows, heads, 32, head_dim)[:, 0]
-            parts.rotate(qkv, own[0], own[1], inputs.positions, cos[:, 0], sin[:, 0], logn)
 
-    def _try_attention(
-        self, parts: StepParts, positions: Tensor, query: Tensor, keys: Tensor, values: Tensor
-    ) -> None:
+    def _try_attention(self, parts: StepParts, inputs: StepInputs, qkv: Tensor) -> Tensor:
         """Run attention in all forms that it has for longer and longer sequences."""
+        weights, rows = self._weights, len(qkv)
+        if rows > 1:
+            _let_vary(0, inputs.positions, inputs.inv_freq)
+        rotation = inputs.rotation(parts.rotation)
+        shape = (2, rows, weights.num_kv_heads, 32, weights.head_dim)
+        memory = torch.zeros(shape, dtype=self._dtype, device=self.device)
         longest = 1
         while longest <= _LONGEST_TRIED:
             # Only the first position is read.
-            repeated = (memory[:, :, :1].expand(-1, -1, longest, -1) for memory in (keys, values))
-            parts.attend(positions, longest, self._weights.scale)(query, *repeated)
+            attended = parts.attend(rotation, longest, weights.scale)(qkv, *memory)
             longest *= 2
+        if parts.attend_prompts is not None and has_flash_attention(memory):
+            prompts = [PromptRows(1, 1, row * weights.num_kv_heads * 32) for row in range(rows)]
+            parts.attend_prompts(rotation, prompts, weights.scale)(qkv, *memory)
+        return attended
 
 
 def _let_vary(dim: int, *tensors: Tensor | None) -> None:
@@ -347,7 +341,7 @@ def compile_step_parts(is_single: bool) -> StepParts:
     Args:
         is_single: For one row; else for any number of them, which the first call marks.
     """
-    from qwen import gpu_kernels
+    from qwen.gpu_attention import attend_prompts, attend_rows
     from qwen.gpu_ops import GpuOps
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -356,13 +350,13 @@ def compile_step_parts(is_single: bool) -> StepParts:
         result: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=False)
         return result
 
-    def attend(positions: Tensor, longest: int, scale: float) -> AttendRows:
-        return partial(gpu_kernels.attend_rows, positions=positions, longest=longest, scale=scale)
-
     ops = GpuOps() if is_single else TorchOps()
-    layer = ForwardParts(ops, project=compiled(project), finish=compiled(finish))
-    rotate = gpu_kernels.rotate_and_store
-    return StepParts(layer, place=compiled(place_rows), attend=attend, rotate=rotate)
+    return StepParts(
+        ForwardParts(ops, project=compiled(project), finish=compiled(finish)),
+        rotation=compiled(compute_rotation),
+        attend=attend_rows,
+        attend_prompts=attend_prompts,
+    )
 
 
 def _index(piece: Piece) -> int:

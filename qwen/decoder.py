@@ -98,8 +98,8 @@ def finish(
 ) -> Tensor:
     """Compute what comes after a layer's attention: its output and the MLP, beside residuals."""
     hidden = ops.linear(layer.attention_output, attended, add=hidden)
-    gate_up = ops.linear(layer.gate_up, ops.rms_norm(hidden, layer.mlp_norm, eps))
-    return ops.linear(layer.down, ops.silu_mul(gate_up), add=hidden)
+    gated = ops.gated(layer.gate_up, ops.rms_norm(hidden, layer.mlp_norm, eps))
+    return ops.linear(layer.down, gated, add=hidden)
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,12 +48,12 @@ class DecoderOps(Protocol):
         """Normalise rows in float32 and weight them."""
         ...
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """Compute silu(gate) * up from both side by side."""
-        ...
-
     def linear(self, linear: Callable[..., Tensor], x: Tensor, add: Tensor | None = None) -> Tensor:
         """Map x, and add to the result; may change `add`."""
+        ...
+
+    def gated(self, linear: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """Map x to gates and, behind them, as many numbers; compute silu(gate) * number."""
         ...
 
     def build_mask(self, span: Span) -> Tensor | None:
@@ -115,67 +115,76 @@ def rotate_and_store(
     return query.to(values.dtype)
 
 
-def place_rows(
-    qkv: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    places: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    logn: Tensor | None,
-) -> Tensor:
-    """Rotate one token of each of several sequences, and write keys and values to their places.
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Where new tokens of one or several sequences stand, and how they are rotated.
 
-    Args:
-        qkv: (rows, (heads + 2 * kv_heads) * dim).
-        keys: (places, dim), the memory of all rows; changed. Likewise `values`.
-        values: See `keys`.
-        places: (rows * kv_heads,), int64: where each row's keys go.
-        cos: (rows, 1, rotary_dim), float32; likewise `sin`.
-        sin: See `cos`.
-        logn: (rows, 1), float32; None is 1.
-
-    Returns:
-        (rows, kv_heads, heads / kv_heads, dim), queries.
+    Attributes:
+        positions: (tokens,), int64.
+        cos: (tokens, rotary_dim), float32; likewise `sin`.
+        logn: (tokens,), float32: factors of the queries; None is 1.
     """
-    rows, dim = qkv.shape[0], keys.shape[1]
-    kv_heads = places.shape[0] // rows
-    heads = qkv.shape[1] // dim - 2 * kv_heads
-    query, key, value = torch.split(qkv.view(rows, -1, 1, dim), [heads, kv_heads, kv_heads], dim=1)
-    query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-    if logn is not None:
-        query = query * logn[:, :, None, None]
-    keys.index_copy_(0, places, key.reshape(-1, dim).to(keys.dtype))
-    values.index_copy_(0, places, value.reshape(-1, dim).to(values.dtype))
-    return query.to(values.dtype).reshape(rows, kv_heads, -1, dim)
+
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+    logn: Tensor | None
 
 
-#: A layer's attention of one token of each row: queries, keys and values → as the queries.
-AttendRows = Callable[[Tensor, Tensor, Tensor], Tensor]
+@dataclass(frozen=True, slots=True)
+class PromptRows:
+    """A sequence whose new tokens are read beside those of others.
+
+    Attributes:
+        tokens: New ones.
+        length: Positions that the last of them sees.
+        offset: Where its keys begin in the memory of all sequences.
+    """
+
+    tokens: int
+    length: int
+    offset: int
 
 
-def attend_masked(positions: Tensor, longest: int, scale: float) -> AttendRows:
-    """Prepare a step's attention by torch.
+#: A layer's attention, rotation included: queries, keys and values of new tokens,
+#: (tokens, (heads + 2 * kv_heads) * dim), and the memory of all keys and of all values,
+#: (rows, kv_heads, capacity, dim), to which the new ones are written → (tokens, heads * dim).
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def attend_masked(rotation: Rotation, longest: int, scale: float) -> Attend:
+    """Prepare a step's attention by torch: of one new token of each row.
 
     Args:
-        positions: (rows,), int64: of each row's token.
-        longest: More than any position.
+        rotation: Of the rows' tokens.
+        longest: More than any position; may be more than there is room for.
         scale: Factor of the scores.
-
-    Returns:
-        What takes (rows, kv_heads, shared, dim) queries, and keys and values
-        (rows, kv_heads, capacity, dim).
     """
+    positions = rotation.positions
+    rows = torch.arange(len(positions), device=positions.device)
     mask = torch.arange(longest, device=positions.device) <= positions[:, None]
 
-    def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return scaled_dot_product_attention(
-            query,
+    def attend(qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        kv_heads, dim = keys.shape[1], keys.shape[3]
+        heads = qkv.shape[1] // dim - 2 * kv_heads
+        query, key, value = (
+            states[:, :, None]  # (rows, heads, 1, dim)
+            for states in qkv.view(len(qkv), -1, dim).split([heads, kv_heads, kv_heads], dim=1)
+        )
+        cos, sin = rotation.cos[:, None], rotation.sin[:, None]
+        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        if rotation.logn is not None:
+            query = query * rotation.logn[:, None, None, None]
+        keys[rows, :, positions] = key[:, :, 0].to(keys.dtype)
+        values[rows, :, positions] = value[:, :, 0].to(values.dtype)
+        mixed = scaled_dot_product_attention(
+            query.to(values.dtype).reshape(len(qkv), kv_heads, -1, dim),
             keys[:, :, :longest],
             values[:, :, :longest],
-            attn_mask=mask[:, None, None],
+            attn_mask=mask[:, None, None, : keys.shape[2]],
             scale=scale,
         )
+        return mixed.reshape(len(qkv), -1)
 
     return attend
 
@@ -187,11 +196,6 @@ class TorchOps:
         """See `DecoderOps`."""
         return rms_norm(x, weight.shape, weight, eps)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """See `DecoderOps`."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        return silu(gate) * up
-
     def linear(self, linear: Callable[..., Tensor], x: Tensor, add: Tensor | None = None) -> Tensor:
         """See `DecoderOps`."""
         if add is None:
@@ -199,6 +203,11 @@ class TorchOps:
         if type(linear) is nn.Linear and linear.bias is None:
             return torch.addmm(add, x, linear.weight.t())
         return add + linear(x)
+
+    def gated(self, linear: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """See `DecoderOps`."""
+        gate, up = self.linear(linear, x).chunk(2, dim=-1)
+        return silu(gate) * up
 
     def build_mask(self, span: Span) -> Tensor | None:
         """See `DecoderOps`: (tokens, length), which slots a token sees; on a GPU without memory."""
@@ -219,19 +228,6 @@ class TorchOps:
     ) -> Tensor:
         """See `DecoderOps`."""
         query = rotate_and_store(qkv, keys, values, span.positions, span.cos, span.sin, span.logn)
-        return self.attend_stored(query, keys, values, span, mask, scale=scale)
-
-    def attend_stored(
-        self,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        span: Span,
-        mask: Tensor | None,
-        *,
-        scale: float,
-    ) -> Tensor:
-        """Attend as `attend`, with queries (heads, tokens, dim) that are rotated."""
         assert mask is not None
         (heads, tokens, dim), kv_heads = query.shape, keys.shape[0]
         shared = heads // kv_heads
@@ -239,7 +235,7 @@ class TorchOps:
         keys, values = keys[:, : span.length], values[:, : span.length]
         if shared > 1 and not is_causal:  # keys that are shared are not repeated for it
             query, mask = query.reshape(kv_heads, -1, dim), mask.repeat(shared, 1)
-        elif shared > 1 and not _has_flash_attention(query):
+        elif shared > 1 and not has_flash_attention(query):
             # What is causal without it takes as many keys as queries.
             keys, values = (states.repeat_interleave(shared, 0) for states in (keys, values))
         mixed = scaled_dot_product_attention(
@@ -253,10 +249,12 @@ class TorchOps:
         return mixed.reshape(heads, tokens, dim).transpose(0, 1).reshape(tokens, -1)
 
 
-def _has_flash_attention(query: Tensor) -> bool:
-    """Tell whether torch's flash attention takes queries: 16 bits, from Ampere on."""
-    major, _ = torch.cuda.get_device_capability(query.device)
-    return query.dtype != torch.float32 and major >= 8
+def has_flash_attention(states: Tensor) -> bool:
+    """Tell whether torch's flash attention takes (…, dim): 16 bits on a GPU, from Ampere on."""
+    if not states.is_cuda or states.itemsize != 2 or states.shape[-1] % 8:
+        return False
+    major, _ = torch.cuda.get_device_capability(states.device)
+    return major >= 8
 
 
 class CpuOps:
@@ -273,15 +271,15 @@ class CpuOps:
         """See `DecoderOps`."""
         return self._kernels.rms_norm(x, weight, eps)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """See `DecoderOps`."""
-        return self._kernels.silu_mul(gate_up)
-
     def linear(self, linear: Callable[..., Tensor], x: Tensor, add: Tensor | None = None) -> Tensor:
         """See `DecoderOps`."""
         if add is None:
             return linear(x)
         return linear(x, out=add) if isinstance(linear, Int8Linear) else add + linear(x)
+
+    def gated(self, linear: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """See `DecoderOps`."""
+        return self._kernels.silu_mul(linear(x))
 
     def build_mask(self, span: Span) -> Tensor | None:
         """See `DecoderOps`: the kernel knows what is causal."""

@@ -58,22 +58,14 @@ class KvSlots:
         """Where the memory begins; another number after it has grown."""
         return self.data.data_ptr()
 
-    def layer(self, index: int, count: int) -> tuple[Tensor, Tensor]:
-        """Return a layer's keys and values, (count, num_kv_heads, capacity, head_dim) each."""
-        return self.data[0, index, :count], self.data[1, index, :count]
-
-    def places(self, positions: Tensor) -> Tensor:
-        """Return where the keys of a token of each slot lie in a layer's memory.
+    def layer(self, index: int, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return a layer's keys and values, (count, num_kv_heads, capacity, head_dim) each.
 
         Args:
-            positions: (rows,), int64, of the first slots' tokens.
-
-        Returns:
-            (rows * num_kv_heads,), int64: rows of the memory as (…, head_dim).
+            index: Of the layer.
+            count: Of the first slots; None is all that there is memory for.
         """
-        kv_heads, capacity = self.data.shape[3:5]
-        heads = torch.arange(len(positions) * kv_heads, device=positions.device)
-        return heads * capacity + positions[:, None].expand(-1, kv_heads).flatten()
+        return self.data[0, index, :count], self.data[1, index, :count]
 
     def offset(self, slot: KvSlot) -> int:
         """Return how many rows of a layer's memory, (…, head_dim), lie before a slot."""

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from qwen.decoder import Piece, RotaryTable
+from qwen.decoder_ops import Rotation
 from qwen.kv_slots import KvSlot
 from qwen.rope import logn_factor, rotary_tables
+
+
+#: What computes as `compute_rotation` does.
+ComputeRotation = Callable[
+    [Tensor, Tensor, float, int | None], tuple[Tensor, Tensor, Tensor | None]
+]
 
 
 class StepInputs:
@@ -17,6 +24,7 @@ class StepInputs:
 
     Attributes:
         ids: (rows,), int64; likewise `positions`.
+        inv_freq: (rows, rotary_dim / 2), of each row's sequence.
 
     Args:
         rows: Of the step.
@@ -29,7 +37,7 @@ class StepInputs:
         self.ids, self.positions = self._both[0], self._both[1]
         # Written on the CPU, from where they cross at once without waiting.
         self._staged = torch.zeros(2, rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._inv_freq = table.inv_freq.repeat(rows, 1)
+        self.inv_freq = table.inv_freq.repeat(rows, 1)
         self._tables: list[RotaryTable | None] = [None] * rows
         self._scale, self._logn_length = table.scale, table.logn_length
 
@@ -45,13 +53,29 @@ class StepInputs:
             table = piece.sequence.table
             if self._tables[row] is not table:
                 self._tables[row] = table
-                self._inv_freq[row].copy_(table.inv_freq)
+                self.inv_freq[row].copy_(table.inv_freq)
         self._staged.copy_(torch.tensor([ids, positions]))
         self._both.copy_(self._staged, non_blocking=True)
 
-    def rotation(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Compute cosines and sines (rows, 1, rotary_dim) and log-n factors (rows, 1)."""
-        positions = self.positions[:, None]
-        cos, sin = rotary_tables(positions, self._inv_freq)
-        logn = None if self._logn_length is None else logn_factor(positions, self._logn_length)
-        return cos * self._scale, sin * self._scale, logn
+    def rotation(self, compute: ComputeRotation) -> Rotation:
+        """Compute how the tokens are rotated, by `compute_rotation` or what was compiled of it."""
+        return Rotation(
+            self.positions,
+            *compute(self.positions, self.inv_freq, self._scale, self._logn_length),
+        )
+
+
+def compute_rotation(
+    positions: Tensor, inv_freq: Tensor, scale: float, logn_length: int | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Compute cosines and sines (rows, rotary_dim) and log-n factors (rows,) of one token a row.
+
+    Args:
+        positions: (rows,).
+        inv_freq: (rows, rotary_dim / 2).
+        scale: See `RotaryTable`.
+        logn_length: Likewise.
+    """
+    cos, sin = rotary_tables(positions[:, None], inv_freq)
+    logn = None if logn_length is None else logn_factor(positions, logn_length)
+    return cos[:, 0] * scale, sin[:, 0] * scale, logn

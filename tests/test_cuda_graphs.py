@@ -12,7 +12,7 @@ from tiny_model import build_tiny_model
 from qwen import cuda_graphs
 from qwen.cuda_graphs import GraphedDecoder, StepParts, compile_step_parts
 from qwen.decoder import Decoder, ForwardParts, Piece, finish, project
-from qwen.decoder_ops import TorchOps, place_rows
+from qwen.decoder_ops import TorchOps
 from qwen.engine import Engine
 from qwen.messages import SamplingParams
 
@@ -197,7 +197,7 @@ def test_compiled_parts_are_used_from_the_next_sequence_on():
         build_tiny_model(),
         record=Repeat(),
         compile_parts=lambda is_single: StepParts(
-            ForwardParts(TorchOps(), project=counting, finish=finish), place=place_rows
+            ForwardParts(TorchOps(), project=counting, finish=finish)
         ),
     )
     compile_and_wait(decoder)

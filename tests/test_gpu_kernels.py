@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from functools import partial
 from types import ModuleType
 
 import pytest
@@ -15,18 +14,27 @@ from tiny_model import build_tiny_model
 from qwen import int4_kernels
 from qwen.cuda_graphs import GraphedDecoder, StepParts
 from qwen.decoder import Decoder, ForwardParts, Piece, finish, project
-from qwen.decoder_ops import rotate_and_store
+from qwen.decoder_ops import PromptRows, Rotation, TorchOps, attend_masked, rotate_and_store
 from qwen.quantized import Int4Linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(scope="module")
-def kernels() -> ModuleType:
-    """Import `qwen.gpu_kernels`; without a GPU Triton interprets them, see conftest.py."""
+def import_kernels(name: str) -> ModuleType:
+    """Import a module of kernels; without a GPU Triton interprets them, see conftest.py."""
     if sys.platform != "linux":
         pytest.skip("Triton is made for Linux")
-    return importlib.import_module("qwen.gpu_kernels")
+    return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def products() -> ModuleType:
+    return import_kernels("qwen.gpu_products")
+
+
+@pytest.fixture(scope="module")
+def attention() -> ModuleType:
+    return import_kernels("qwen.gpu_attention")
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -40,14 +48,28 @@ def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 2), (300, 10), (2080, 6)])
-def test_row_times_dense_matrix(kernels, inputs, outputs, dtype):
+def test_row_times_dense_matrix(products, inputs, outputs, dtype):
     x, weight = random(1, inputs, dtype=dtype), random(outputs, inputs, seed=1, dtype=dtype)
     bias, add = random(outputs, seed=2, dtype=dtype), random(1, outputs, seed=3, dtype=dtype)
     product = x.double() @ weight.double().t()
     limit = 8e-3 if dtype == torch.bfloat16 else 1e-6
     for extra in ((None, None), (bias, None), (None, add), (bias, add)):
         exact = product + sum(each.double() for each in extra if each is not None)
-        assert relative_error(kernels.multiply_row(x, weight, *extra), exact) < limit
+        assert relative_error(products.multiply_row(x, weight, *extra), exact) < limit
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 4), (300, 12)])
+def test_row_times_dense_matrix_of_gates_and_what_they_gate(products, inputs, outputs, dtype):
+    x, weight = random(1, inputs, dtype=dtype), random(outputs, inputs, seed=1, dtype=dtype)
+    exact = gated(x.double() @ weight.double().t())
+    limit = 1.6e-2 if dtype == torch.bfloat16 else 1e-6
+    assert relative_error(products.multiply_row(x, weight, is_gated=True), exact) < limit
+
+
+def gated(both: torch.Tensor) -> torch.Tensor:
+    gate, other = both.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * other
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
@@ -63,9 +85,9 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("block", range(3))
 @pytest.mark.parametrize(("inputs", "outputs"), [(128, 64), (640, 128)])
-def test_row_times_int4_matrix(kernels, monkeypatch, inputs, outputs, block):
-    blocks = kernels._INT4_BLOCKS
-    monkeypatch.setattr(kernels, "_INT4_BLOCKS", ((0, blocks[block][1]),))
+def test_row_times_int4_matrix(products, monkeypatch, inputs, outputs, block):
+    blocks = products._INT4_BLOCKS
+    monkeypatch.setattr(products, "_INT4_BLOCKS", ((0, blocks[block][1]),))
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8, generator=generator)
     codes = codes.to(DEVICE)
@@ -74,69 +96,111 @@ def test_row_times_int4_matrix(kernels, monkeypatch, inputs, outputs, block):
     scale, offset = scales.double().repeat_interleave(128, 0).unbind(-1)
     exact = x.double() @ ((codes.double().t() - 8) * scale + offset)
     packed = pack(codes)
-    assert relative_error(kernels.multiply_row_int4(x, packed, scales, None, None), exact) < 8e-3
+    assert relative_error(products.multiply_row_int4(x, packed, scales), exact) < 8e-3
+    actual = products.multiply_row_int4(x, packed, scales, is_gated=True)
+    assert relative_error(actual, gated(exact)) < 1.6e-2  # rounds three times
     exact = exact + bias.double() + add.double()
-    assert relative_error(kernels.multiply_row_int4(x, packed, scales, bias, add), exact) < 8e-3
+    assert relative_error(products.multiply_row_int4(x, packed, scales, bias, add), exact) < 8e-3
 
 
-def test_sizes_that_the_int4_kernel_takes(kernels):
-    takes = kernels.can_multiply_int4
+def test_sizes_that_the_int4_kernel_takes(products):
+    takes = products.can_multiply_int4
     assert takes(out_features=4096, in_features=11008, group=128)
     assert not takes(out_features=4096, in_features=11008, group=64)
     assert not takes(out_features=4096, in_features=11072, group=128)
     assert not takes(out_features=4104, in_features=11008, group=128)
 
 
-@pytest.mark.parametrize("shared", [1, 3])
-@pytest.mark.parametrize("dim", [8, 32, 40])
-@pytest.mark.parametrize("longest", [50, 128, 700])
-def test_rows_attend_to_their_own_positions_only(kernels, shared, dim, longest):
+def random_rotation(
+    positions: torch.Tensor, rotary_dim: int, *, has_logn: bool = False, seed: int = 7
+) -> Rotation:
+    tokens, options = len(positions), {"dtype": torch.float32}
+    cos = random(tokens, rotary_dim, seed=seed, **options)
+    sin = random(tokens, rotary_dim, seed=seed + 1, **options)
+    logn = random(tokens, seed=seed + 2, **options).abs() if has_logn else None
+    return Rotation(positions, cos, sin, logn)
+
+
+@pytest.mark.parametrize(("shared", "has_logn"), [(1, True), (3, False)])
+@pytest.mark.parametrize(("dim", "rotary_dim"), [(8, 8), (32, 32), (40, 8)])
+@pytest.mark.parametrize("longest", [50, 256, 700])
+def test_rows_attend_to_their_own_positions_only(
+    attention, shared, has_logn, dim, rotary_dim, longest
+):
     rows, kv_heads, capacity = 3, 2, longest + 9
     options = {"dtype": torch.float32}
-    query = random(rows, kv_heads, shared, dim, **options)
-    keys = random(rows, kv_heads, capacity, dim, seed=1, **options)
-    values = random(rows, kv_heads, capacity, dim, seed=2, **options)
+    memory = random(2, rows, kv_heads, capacity, dim, seed=1, **options)
     positions = torch.tensor([longest - 1, longest // 2, 0], device=DEVICE)
-    seen = (torch.arange(capacity, device=DEVICE) <= positions[:, None])[:, None, None]
-    exact = torch.nn.functional.scaled_dot_product_attention(
-        query.double(), keys.double(), values.double(), attn_mask=seen, scale=0.3
-    )
-    # What lies behind a row's position may be anything.
-    hidden = ~seen[:, 0, 0, :, None].expand(rows, capacity, dim)
-    for memory in (keys, values):
-        memory.masked_fill_(hidden[:, None], torch.nan)
-    actual = kernels.attend_rows(query, keys, values, positions, longest=longest, scale=0.3)
-    torch.testing.assert_close(actual.double(), exact, atol=1e-5, rtol=1e-5)
+    rotation = random_rotation(positions, rotary_dim, has_logn=has_logn)
+    seen = torch.arange(capacity, device=DEVICE) <= positions[:, None]
+    expected_memory = memory.clone()
+    # What lies at a row's position and behind it may be anything.
+    is_old = torch.arange(capacity, device=DEVICE) < positions[:, None]
+    memory.masked_fill_(~is_old[None, :, None, :, None], torch.nan)
+    attend = attention.attend_rows(rotation, longest, 0.3)
+    plain = attend_masked(rotation, longest, 0.3)
+    for layer in range(2):  # the second one, too, finds nothing of the first
+        qkv = random(rows, kv_heads * (shared + 2) * dim, seed=layer, **options)
+        actual, expected = attend(qkv, *memory), plain(qkv, *expected_memory)
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+        written = seen[None, :, None, :, None].expand_as(memory)
+        torch.testing.assert_close(memory[written], expected_memory[written])
 
 
 @pytest.mark.parametrize("has_logn", [True, False])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "rotary_dim"), [(4, 4, 16, 16), (6, 2, 40, 8)]
 )
-def test_rotation_by_our_kernel_equals_torchs(kernels, heads, kv_heads, dim, rotary_dim, has_logn):
+def test_rotation_by_our_kernel_equals_torchs(
+    attention, heads, kv_heads, dim, rotary_dim, has_logn
+):
     tokens, options = 5, {"dtype": torch.float32}
     qkv = random(tokens, (heads + 2 * kv_heads) * dim, **options)
-    cos = random(tokens, rotary_dim, seed=1, **options)
-    sin = random(tokens, rotary_dim, seed=2, **options)
-    logn = random(tokens, seed=3, **options) if has_logn else None
     positions = torch.arange(7, 7 + tokens, device=DEVICE)
-    results = []
-    for rotate in (kernels.rotate_and_store, rotate_and_store):
-        # A sequence's part of a larger memory.
-        memory = torch.zeros(2, 3, kv_heads, 20, dim, device=DEVICE)[:, 1]
-        query = rotate(qkv.clone(), memory[0], memory[1], positions, cos, sin, logn)
-        results.append((query, memory))
-    (query, memory), (expected_query, expected_memory) = results
-    torch.testing.assert_close(query, expected_query)
+    rotation = random_rotation(positions, rotary_dim, has_logn=has_logn)
+    # A sequence's part of a larger memory.
+    memory, expected_memory = torch.zeros(2, 2, 3, kv_heads, 20, dim, device=DEVICE)[:, :, 1]
+    query = attention.rotate_and_store(qkv.clone(), *memory, rotation)
+    expected = rotate_and_store(
+        qkv, *expected_memory, positions, rotation.cos, rotation.sin, rotation.logn
+    )
+    torch.testing.assert_close(query, expected.transpose(0, 1))
     torch.testing.assert_close(memory, expected_memory)
 
 
-@pytest.mark.parametrize("make", [build_tiny_model, load_tiny])
-def test_steps_by_our_kernels_equal_the_plain_decoders(kernels, make):
-    from qwen.gpu_ops import GpuOps
+def attend_one_by_one(rotate):
+    """Return what attends as `attend_prompts`, but with one prompt after the other."""
 
-    def attend(positions, longest, scale):
-        return partial(kernels.attend_rows, positions=positions, longest=longest, scale=scale)
+    def prepare(rotation, prompts, scale):
+        def attend(qkv, keys, values):
+            query = rotate(qkv, keys[0], values[0], rotation).transpose(0, 1)
+            mixed = []
+            for prompt, own in zip(
+                prompts, query.split([prompt.tokens for prompt in prompts], dim=1), strict=True
+            ):
+                row = prompt.offset // (keys.shape[1] * keys.shape[2])
+                seen = [each[row, :, : prompt.length] for each in (keys, values)]
+                slots = torch.arange(prompt.length, device=qkv.device)
+                mask = slots <= slots[prompt.length - prompt.tokens :, None]
+                mixed.append(
+                    torch.nn.functional.scaled_dot_product_attention(
+                        own[None],
+                        *(each[None] for each in seen),
+                        attn_mask=mask,
+                        scale=scale,
+                        enable_gqa=True,
+                    )[0].transpose(0, 1)
+                )
+            return torch.cat(mixed).flatten(1)
+
+        return attend
+
+    return prepare
+
+
+@pytest.mark.parametrize("make", [build_tiny_model, load_tiny])
+def test_steps_by_our_kernels_equal_the_plain_decoders(attention, make):
+    from qwen.gpu_ops import GpuOps
 
     def read(decoder, ids):
         others = [decoder.start(40), decoder.start(70)]
@@ -153,9 +217,11 @@ def test_steps_by_our_kernels_equal_the_plain_decoders(kernels, make):
 
     ids = torch.arange(66, device=DEVICE) * 7 % 290
     decoder = GraphedDecoder(make().to(DEVICE), record=record)
-    parts = StepParts(ForwardParts(GpuOps(), project=project, finish=finish), attend=attend)
-    decoder._step_parts[True] = parts
-    decoder._rotate = kernels.rotate_and_store
+    single = ForwardParts(GpuOps(), project=project, finish=finish)
+    several = ForwardParts(TorchOps(), project=project, finish=finish)
+    for is_single, layer in ((True, single), (False, several)):
+        decoder._step_parts[is_single] = StepParts(layer, attend=attention.attend_rows)
+    decoder._attend_prompts = attend_one_by_one(attention.rotate_and_store)
     with torch.inference_mode():
         actual, expected = read(decoder, ids), read(Decoder(make().to(DEVICE)), ids)
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
@@ -164,16 +230,37 @@ def test_steps_by_our_kernels_equal_the_plain_decoders(kernels, make):
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("shared", [1, 7])
-def test_rows_attend_in_bfloat16(kernels, shared):
-    query = random(2, 4, shared, 64)
-    keys, values = random(2, 4, 2000, 64, seed=1), random(2, 4, 2000, 64, seed=2)
+def test_rows_attend_in_bfloat16(attention, shared):
+    memory = random(2, 2, 4, 2000, 64, seed=1)
     positions = torch.tensor([1999, 700], device=DEVICE)
-    seen = (torch.arange(2000, device=DEVICE) <= positions[:, None])[:, None, None]
-    exact = torch.nn.functional.scaled_dot_product_attention(
-        query.double(), keys.double(), values.double(), attn_mask=seen, scale=0.125
+    rotation, qkv = random_rotation(positions, 64), random(2, 4 * (shared + 2) * 64)
+    attend = attention.attend_rows(rotation, 2048, 0.125)
+    actual, again = attend(qkv, *memory), attend(qkv, *memory)
+    expected = attend_masked(rotation, 2048, 0.125)(qkv, *memory.clone())
+    torch.testing.assert_close(actual, expected, atol=2e-2, rtol=1e-2)
+    assert torch.equal(actual, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("shared", [1, 7])
+def test_prompts_attend_at_once_as_one_by_one(attention, shared):
+    rows, kv_heads, capacity, dim = 4, 4, 900, 64
+    memory = random(2, rows, kv_heads, capacity, dim, seed=1)
+    sizes, starts, own = [300, 7, 200], [0, 500, 130], [2, 0, 3]
+    row = kv_heads * capacity
+    prompts = [
+        PromptRows(size, start + size, index * row)
+        for size, start, index in zip(sizes, starts, own, strict=True)
+    ]
+    positions = torch.cat(
+        [torch.arange(p.length - p.tokens, p.length, device=DEVICE) + p.offset for p in prompts]
     )
-    actual = kernels.attend_rows(query, keys, values, positions, longest=2048, scale=0.125)
-    torch.testing.assert_close(actual.double(), exact, atol=5e-3, rtol=1e-2)
+    rotation, qkv = random_rotation(positions, dim), random(sum(sizes), 4 * (shared + 2) * dim)
+    actual = attention.attend_prompts(rotation, prompts, 0.125)(qkv, *memory)
+    plain = attend_one_by_one(attention.rotate_and_store)
+    expected = plain(rotation, prompts, 0.125)(qkv, *memory.clone())
+    torch.testing.assert_close(actual, expected, atol=2e-2, rtol=1e-2)
 
 
 @pytest.mark.gpu
