@@ -13,8 +13,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from types import FunctionType
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,17 +22,16 @@ from torch import Tensor
 from qwen.decoder import (
     Decoder,
     DecoderSequence,
-    ForwardParts,
     Piece,
     finish,
     project,
 )
 from qwen.decoder_ops import (
     Attend,
+    DecoderOps,
     PromptRows,
     Rotation,
     Span,
-    TorchOps,
     attend_masked,
     has_flash_attention,
 )
@@ -49,6 +47,8 @@ _FIRST_CAPACITY = 2048
 _FIRST_BUCKET = 256
 #: From there on attention is as for so many positions.
 _LONGEST_TRIED = 65536
+#: Rows that have kernels of their own.
+_ROWS_TRIED = (1, 2)
 
 
 #: Prepares the attention of prompts by their rotation, and the factor of the scores.
@@ -57,17 +57,17 @@ AttendPrompts = Callable[[Rotation, Sequence[PromptRows], float], Attend]
 
 @dataclass(frozen=True, slots=True)
 class StepParts:
-    """What a step is computed with; the first two may be compiled.
+    """What a step is computed with.
 
     Attributes:
-        layer: Before and after attention.
+        ops: Of what comes before and after attention.
         rotation: See `compute_rotation`.
         attend: See `attend_masked`.
         attend_prompts: Prepares the attention of several prompts at once, see
             `qwen.gpu_attention.attend_prompts`; None where there is none.
     """
 
-    layer: ForwardParts
+    ops: DecoderOps
     rotation: ComputeRotation = compute_rotation
     attend: Callable[[Rotation, int, float], Attend] = attend_masked
     attend_prompts: AttendPrompts | None = None
@@ -80,14 +80,14 @@ Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 class GraphedDecoder(Decoder):
     """A decoder whose single tokens are read by CUDA graphs.
 
-    The layers' parts are compiled on a thread of their own; the first sequence that begins when
+    Kernels of our own are compiled on a thread of their own; the first sequence that begins when
     they are ready uses them. Where they cannot be compiled, the log says so once.
 
     Args:
         model: See `Decoder`.
         record: Records a graph; a test on a CPU passes one that just repeats the work.
-        compile_parts: Compiles the layers' parts, for one row or for several; None leaves them as
-            they are.
+        make_parts: Makes what a step is computed with by kernels that are compiled when they first
+            run; None computes with torch's.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class GraphedDecoder(Decoder):
         model: Any,
         *,
         record: Record | None = None,
-        compile_parts: Callable[[bool], StepParts] | None = None,
+        make_parts: Callable[[], StepParts] | None = None,
     ) -> None:
         super().__init__(model)
         # cuDNN's attention is compiled anew for each length of a prompt: 1.1 s (H200, torch 2.11).
@@ -105,13 +105,11 @@ class GraphedDecoder(Decoder):
         self._graphs: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
         self._recorded_for: tuple[int, torch.Size] | None = None
         self._inputs: dict[int, StepInputs] = {}
-        self._attend_prompts: AttendPrompts | None = None
-        plain = StepParts(self._parts)
-        self._step_parts = {True: plain, False: plain}  # for one row and for several
-        self._compiled: deque[tuple[bool, StepParts]] = deque()
-        if compile_parts is not None:
+        self._step_parts = StepParts(self._ops)
+        self._compiled: deque[StepParts] = deque()
+        if make_parts is not None:
             threading.Thread(
-                target=self._compile, args=(compile_parts,), name="compile", daemon=True
+                target=self._compile, args=(make_parts,), name="compile", daemon=True
             ).start()
 
     def start(
@@ -173,9 +171,9 @@ class GraphedDecoder(Decoder):
     def forward(self, ids: Tensor, spans: Sequence[Span], stores: Sequence[KvStore]) -> Tensor:
         """See `Decoder.forward`; all prompts attend at once as soon as there is what does it.
 
-        Nothing of it is compiled: on an H200's host a call of a compiled function takes 0.25 ms.
+        What comes before and after attention is torch's: for many rows it is as fast.
         """
-        prepare, slots = self._attend_prompts, self._slots
+        prepare, slots = self._step_parts.attend_prompts, self._slots
         if prepare is None or slots is None:
             return super().forward(ids, spans, stores)
         own = [store for store in stores if isinstance(store, KvSlot)]
@@ -195,7 +193,7 @@ class GraphedDecoder(Decoder):
         def attend(index: int, qkv: Tensor) -> Tensor:
             return attend_layer(qkv, *slots.layer(index))
 
-        return self._layers(ids, attend, self._parts)
+        return self._layers(ids, attend, self._ops)
 
     def _take_slot(self, capacity: int, max_capacity: int | None) -> KvSlot:
         if self._slots is None:
@@ -209,11 +207,8 @@ class GraphedDecoder(Decoder):
                 capacity=min(_FIRST_CAPACITY, max_capacity or _FIRST_CAPACITY),
                 max_capacity=max_capacity,
             )
-        while self._compiled:
-            is_single, parts = self._compiled.popleft()
-            self._step_parts[is_single] = parts
-            if has_flash_attention(self._slots.data):
-                self._attend_prompts = parts.attend_prompts
+        if self._compiled:
+            self._step_parts = self._compiled.popleft()
             self._graphs.clear()
         return self._slots.take(capacity)
 
@@ -258,104 +253,67 @@ class GraphedDecoder(Decoder):
             bucket *= 2
         bucket = min(bucket, slots.capacity)
         if (rows, bucket) not in self._graphs:
-            parts = self._step_parts[rows == 1]
             self._graphs[rows, bucket] = self._record(
-                lambda: self._read_rows(slots, inputs, bucket, parts)
+                lambda: self._read_rows(slots, inputs, bucket)
             )
         return self._graphs[rows, bucket]
 
-    def _read_rows(
-        self, slots: KvSlots, inputs: StepInputs, bucket: int, parts: StepParts
-    ) -> Tensor:
+    def _read_rows(self, slots: KvSlots, inputs: StepInputs, bucket: int) -> Tensor:
         """Compute a step: (rows, vocab_size), from what lies in `inputs`."""
+        parts = self._step_parts
         attend_layer = parts.attend(inputs.rotation(parts.rotation), bucket, self._weights.scale)
 
         def attend(index: int, qkv: Tensor) -> Tensor:
             return attend_layer(qkv, *slots.layer(index, len(inputs.ids)))
 
-        return self.logits(self._layers(inputs.ids, attend, parts.layer))
+        return self.logits(self._layers(inputs.ids, attend, parts.ops), parts.ops)
 
-    def _compile(self, compile_parts: Callable[[bool], StepParts]) -> None:
-        """Compile on this thread, by running the parts on memory of their own.
-
-        One row comes first: it is one user's reply. Then any number of rows at once.
-        """
-        for is_single in (True, False):
-            try:
-                with torch.inference_mode():
-                    parts = compile_parts(is_single)
-                    self._try_parts(parts, 1 if is_single else 8)
-            except Exception as error:
-                reason = " ".join(str(error).split())[:500] or type(error).__name__
-                logger.warning("Decoding without compiled layers, which is slower: %s", reason)
-                return
-            self._compiled.append((is_single, parts))
-            which = "one user" if is_single else "several users"
-            logger.info("The decoder's layers are compiled for %s", which)
+    def _compile(self, make_parts: Callable[[], StepParts]) -> None:
+        """Compile kernels on this thread, by running them on memory of their own."""
+        try:
+            with torch.inference_mode():
+                parts = make_parts()
+                for rows in _ROWS_TRIED:
+                    self._try_parts(parts, rows)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:500] or type(error).__name__
+            logger.warning("Decoding without kernels of our own, which is slower: %s", reason)
+            return
+        if not has_flash_attention(self._weights.embedding.new_empty(0, self._weights.head_dim)):
+            parts = replace(parts, attend_prompts=None)
+        self._compiled.append(parts)
+        logger.info("The kernels of the decode loop are compiled")
 
     def _try_parts(self, parts: StepParts, rows: int) -> None:
-        """Run each part once."""
+        """Run each part once, and attention in all forms that it has for longer sequences."""
         weights, (table, _) = self._weights, self._table(1)
-        layer, layers = weights.layers[0], parts.layer
-        inputs = StepInputs(rows, table)
-        hidden = torch.zeros(
-            rows, weights.embedding.shape[1], dtype=self._dtype, device=self.device
-        )
-        if rows > 1:
-            _let_vary(0, hidden)
-        qkv = layers.project(layers.ops, layer, hidden, weights.eps)
-        attended = self._try_attention(parts, inputs, qkv)
-        if rows > 1:
-            _let_vary(0, attended)
-        layers.finish(layers.ops, layer, hidden, attended, weights.eps)
-
-    def _try_attention(self, parts: StepParts, inputs: StepInputs, qkv: Tensor) -> Tensor:
-        """Run attention in all forms that it has for longer and longer sequences."""
-        weights, rows = self._weights, len(qkv)
-        if rows > 1:
-            _let_vary(0, inputs.positions, inputs.inv_freq)
-        rotation = inputs.rotation(parts.rotation)
-        shape = (2, rows, weights.num_kv_heads, 32, weights.head_dim)
-        memory = torch.zeros(shape, dtype=self._dtype, device=self.device)
+        layer, ops = weights.layers[0], parts.ops
+        rotation = StepInputs(rows, table).rotation(parts.rotation)
+        options: dict[str, Any] = {"dtype": self._dtype, "device": self.device}
+        hidden = torch.zeros(rows, weights.embedding.shape[1], **options)
+        memory = torch.zeros(2, rows, weights.num_kv_heads, 32, weights.head_dim, **options)
+        qkv = project(ops, layer, hidden, weights.eps)
         longest = 1
         while longest <= _LONGEST_TRIED:
             # Only the first position is read.
             attended = parts.attend(rotation, longest, weights.scale)(qkv, *memory)
             longest *= 2
+        finish(ops, layer, hidden, attended, weights.eps)
         if parts.attend_prompts is not None and has_flash_attention(memory):
             prompts = [PromptRows(1, 1, row * weights.num_kv_heads * 32) for row in range(rows)]
             parts.attend_prompts(rotation, prompts, weights.scale)(qkv, *memory)
-        return attended
 
 
-def _let_vary(dim: int, *tensors: Tensor | None) -> None:
-    """Have what is compiled for tensors serve any size of a dimension."""
-    for tensor in tensors:
-        if tensor is not None:
-            torch._dynamo.mark_dynamic(tensor, dim)
-
-
-def compile_step_parts(is_single: bool) -> StepParts:
-    """Compile what comes before and after attention, which has a kernel of its own.
-
-    Args:
-        is_single: For one row; else for any number of them, which the first call marks.
-    """
-    from qwen.gpu_attention import attend_prompts, attend_rows
+def make_step_parts() -> StepParts:
+    """Make what a step is computed with of our kernels."""
+    from qwen import gpu_attention
     from qwen.gpu_ops import GpuOps
 
-    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-        # torch keeps few versions of a code object; each decoder has a code object of its own.
-        own = FunctionType(function.__code__.replace(), function.__globals__)
-        result: Callable[..., Any] = torch.compile(own, fullgraph=True, dynamic=False)
-        return result
-
-    ops = GpuOps() if is_single else TorchOps()
     return StepParts(
-        ForwardParts(ops, project=compiled(project), finish=compiled(finish)),
-        rotation=compiled(compute_rotation),
-        attend=attend_rows,
-        attend_prompts=attend_prompts,
+        GpuOps(),
+        rotation=gpu_attention.compute_rotation,
+        attend=gpu_attention.attend_rows,
+        attend_prompts=gpu_attention.attend_prompts,
     )
 
 

@@ -102,15 +102,6 @@ def finish(
     return ops.linear(layer.down, gated, add=hidden)
 
 
-@dataclass(frozen=True, slots=True)
-class ForwardParts:
-    """What a layer is computed with; the two functions may be compiled ones."""
-
-    ops: DecoderOps
-    project: Callable[[DecoderOps, LayerWeights, Tensor, float], Tensor] = project
-    finish: Callable[[DecoderOps, LayerWeights, Tensor, Tensor, float], Tensor] = finish
-
-
 class Decoder:
     """The forward of one model. Not for several threads at once.
 
@@ -122,7 +113,7 @@ class Decoder:
 
     def __init__(self, model: Any, *, kernels: CpuKernels | None = None) -> None:
         self._weights = collect_weights(model, kernels=kernels)
-        self._parts = ForwardParts(TorchOps() if kernels is None else CpuOps(kernels))
+        self._ops: DecoderOps = TorchOps() if kernels is None else CpuOps(kernels)
         self._int8_layers = (
             Int8Layers(self._weights, kernels) if kernels and is_int8(self._weights) else None
         )
@@ -256,7 +247,7 @@ class Decoder:
             hidden = self._embed(ids)
             self._int8_layers.run(hidden, spans, stores)
             return hidden
-        ops, scale = self._parts.ops, self._weights.scale
+        ops, scale = self._ops, self._weights.scale
         masks = [ops.build_mask(span) for span in spans]
         sizes = [len(span.positions) for span in spans]
 
@@ -268,26 +259,26 @@ class Decoder:
             ]
             return attended[0] if len(attended) == 1 else torch.cat(attended)
 
-        return self._layers(ids, attend, self._parts)
+        return self._layers(ids, attend, ops)
 
     def _embed(self, ids: Tensor) -> Tensor:
         return self._weights.embedding[ids.to(self.device)].to(self._dtype)
 
     def _layers(
-        self, ids: Tensor, attend: Callable[[int, Tensor], Tensor], parts: ForwardParts
+        self, ids: Tensor, attend: Callable[[int, Tensor], Tensor], ops: DecoderOps
     ) -> Tensor:
         """Run all layers; `attend` takes a layer's index and its queries, keys and values."""
         weights, eps = self._weights, self._weights.eps
         hidden = self._embed(ids)
         for index, layer in enumerate(weights.layers):
-            attended = attend(index, parts.project(parts.ops, layer, hidden, eps))
-            hidden = parts.finish(parts.ops, layer, hidden, attended, eps)
+            attended = attend(index, project(ops, layer, hidden, eps))
+            hidden = finish(ops, layer, hidden, attended, eps)
         return hidden
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Map hidden states of `forward` to (tokens, vocab_size)."""
+    def logits(self, hidden: Tensor, ops: DecoderOps | None = None) -> Tensor:
+        """Map hidden states of `forward` to (tokens, vocab_size), by the decoder's or other ops."""
         weights = self._weights
-        return weights.head(self._parts.ops.rms_norm(hidden, weights.norm, weights.eps))
+        return weights.head((ops or self._ops).rms_norm(hidden, weights.norm, weights.eps))
 
     def _new_store(
         self, capacity: int, max_capacity: int | None, *, is_blank: bool = False

@@ -169,7 +169,9 @@ def attend_masked(rotation: Rotation, longest: int, scale: float) -> Attend:
         heads = qkv.shape[1] // dim - 2 * kv_heads
         query, key, value = (
             states[:, :, None]  # (rows, heads, 1, dim)
-            for states in qkv.view(len(qkv), -1, dim).split([heads, kv_heads, kv_heads], dim=1)
+            for states in torch.split(
+                qkv.view(len(qkv), -1, dim), [heads, kv_heads, kv_heads], dim=1
+            )
         )
         cos, sin = rotation.cos[:, None], rotation.sin[:, None]
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
@@ -201,7 +203,7 @@ class TorchOps:
         if add is None:
             return linear(x)
         if type(linear) is nn.Linear and linear.bias is None:
-            return torch.addmm(add, x, linear.weight.t())
+            return add.addmm_(x, linear.weight.t())
         return add + linear(x)
 
     def gated(self, linear: Callable[..., Tensor], x: Tensor) -> Tensor:

@@ -49,10 +49,10 @@ def build_decoder(model: Any, *, kernels_folder: Path | None = None) -> Decoder 
         return None
     device = next(model.parameters()).device.type
     if device == "cuda":
-        from qwen.cuda_graphs import GraphedDecoder, compile_step_parts
+        from qwen.cuda_graphs import GraphedDecoder, make_step_parts
 
         logger.info("Decoding with CUDA graphs")
-        return GraphedDecoder(model, compile_parts=compile_step_parts)
+        return GraphedDecoder(model, make_parts=make_step_parts)
     if device == "cpu" and kernels_folder is not None:
         try:
             kernels = load_kernels(kernels_folder)

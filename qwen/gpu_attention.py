@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qwen import triton_attention
 from qwen.decoder_ops import Attend, PromptRows, Rotation
+from qwen.gpu_products import IS_COMPILED, chain
 
 #: Programs that occupy a large GPU: attention is cut into parts until there are so many.
 _PROGRAMS = 512
@@ -22,6 +23,25 @@ _PROGRAMS = 512
 _BLOCK, _SMALLEST_PART = 64, 128
 #: Heads of a token that a program rotates.
 _HEADS_AT_ONCE = 8
+
+
+def compute_rotation(
+    positions: Tensor, inv_freq: Tensor, scale: float, logn_length: int | None
+) -> Rotation:
+    """Compute as `qwen.step_inputs.compute_rotation`, by our kernel."""
+    rows, half = inv_freq.shape
+    cos, sin = inv_freq.new_empty(2, rows, 2 * half)
+    logn = None if logn_length is None else inv_freq.new_empty(rows)
+    with torch.cuda.device_of(inv_freq):  # type: ignore[no-untyped-call]
+        triton_attention.rotation[(rows,)](
+            positions, inv_freq, cos, sin, logn, scale, logn_length or 0,
+            HALF=half,
+            WIDTH=triton.next_power_of_2(half),
+            HAS_LOGN=logn is not None,
+            IS_COMPILED=IS_COMPILED,
+            num_warps=1,
+        )  # fmt: skip
+    return Rotation(positions, cos, sin, logn)
 
 
 def attend_rows(rotation: Rotation, longest: int, scale: float) -> Attend:
@@ -57,6 +77,7 @@ def attend_rows(rotation: Rotation, longest: int, scale: float) -> Attend:
                 BLOCK=_BLOCK,
                 STAGES=2 if values.itemsize == 2 else 1,  # what a processor's memory has room for
                 num_warps=4,
+                **chain(qkv.device),
             )  # fmt: skip
         return out
 

@@ -1,4 +1,4 @@
-"""`GpuOps`: the decoder's operations for one token, whose linear layers are our Triton kernels.
+"""`GpuOps`: the decoder's operations for a step on a GPU, by our Triton kernels.
 
 Imported only where Triton is; see `qwen.gpu_products`.
 """
@@ -10,13 +10,25 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from qwen.decoder_ops import TorchOps
-from qwen.gpu_products import can_multiply, can_multiply_int4, multiply_row, multiply_row_int4
+from qwen.gpu_products import (
+    MAX_INT4_ROWS,
+    can_multiply,
+    can_multiply_int4,
+    gate,
+    multiply_row,
+    multiply_rows_int4,
+    rms_norm,
+)
 from qwen.int4_kernels import COMPUTE_DTYPE
 from qwen.quantized import Int4Linear
 
 
 class GpuOps(TorchOps):
-    """The operations for one row on a GPU; layers that our kernels do not take run as they are."""
+    """The operations for few rows; layers that our kernels do not take run as they are."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """See `DecoderOps`."""
+        return rms_norm(x, weight, eps)
 
     def linear(self, linear: Callable[..., Tensor], x: Tensor, add: Tensor | None = None) -> Tensor:
         """See `DecoderOps`."""
@@ -27,21 +39,18 @@ class GpuOps(TorchOps):
         """See `DecoderOps`."""
         has_bias = getattr(linear, "bias", None) is not None
         result = None if has_bias else _multiply(linear, x, is_gated=True)
-        return super().gated(linear, x) if result is None else result
+        return gate(super().linear(linear, x)) if result is None else result
 
 
 def _multiply(
     linear: Callable[..., Tensor], x: Tensor, *, add: Tensor | None = None, is_gated: bool = False
 ) -> Tensor | None:
-    """Map x by a kernel of ours; None if none of them takes the layer."""
-    if type(linear) is nn.Linear and can_multiply(linear.weight):
-        dense: Tensor = multiply_row(x, linear.weight, linear.bias, add, is_gated)
-        return dense
-    if isinstance(linear, Int4Linear) and x.dtype == COMPUTE_DTYPE:
+    """Map x by a kernel of ours; None if none of them takes the layer and so many rows."""
+    if type(linear) is nn.Linear and len(x) == 1 and can_multiply(linear.weight):
+        return multiply_row(x, linear.weight, linear.bias, add, is_gated=is_gated)
+    if isinstance(linear, Int4Linear) and len(x) <= MAX_INT4_ROWS and x.dtype == COMPUTE_DTYPE:
         sizes = {"out_features": linear.out_features, "in_features": linear.in_features}
         if can_multiply_int4(**sizes, group=linear.group):
-            few_bits: Tensor = multiply_row_int4(
-                x, linear.packed, linear.scales, linear.bias, add, is_gated
-            )
-            return few_bits
+            weights = linear.packed, linear.scales, linear.bias
+            return multiply_rows_int4(x, *weights, add, is_gated=is_gated)
     return None

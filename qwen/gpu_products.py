@@ -1,11 +1,14 @@
-"""One row times a dense or a 4-bit matrix on a GPU, by our Triton kernels.
+"""A step's products on a GPU, and what stands between them, by our Triton kernels.
 
-Decoding for one user spends its time on it, and torch's own kernels leave memory's speed on the
-table there (docs/performance.md). Needs Triton, which comes with torch for CUDA on Linux. Knows no
-model and no module.
+One row times a dense matrix, and up to eight rows times a 4-bit one: decoding spends its time on
+them, and torch's own kernels leave memory's speed on the table there (docs/performance.md). Needs
+Triton, which comes with torch for CUDA on Linux. Knows no model and no module.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import torch
 import triton
@@ -15,22 +18,51 @@ from qwen import triton_products
 from qwen.int4_kernels import COMPUTE_DTYPE
 
 #: Whether kernels are compiled; Triton's interpreter runs them on a CPU, in tests.
-_IS_COMPILED = not triton.knobs.runtime.interpret
+IS_COMPILED = not triton.knobs.runtime.interpret
 
-#: Outputs and inputs that a program of the dense kernel reads at a time: 98 % of what the memory
-#: of an H200 gives for the large matrices of a 7B model.
-_DENSE_BLOCK = {"ROWS": 2, "COLUMNS": 1024, "num_warps": 4}
+#: Outputs and inputs that a program of the dense kernel reads at a time.
+_DENSE_BLOCK = {"ROWS": 2, "COLUMNS": 2048, "num_warps": 8}
 
 #: The packed form's tiles, which the 4-bit kernel knows: outputs, and inputs, a group's.
 _TILE_OUTPUTS, _TILE_INPUTS = 8, 128
-#: From so many outputs on: tiles of outputs and groups of inputs that a program of the 4-bit
-#: kernel reads at a time, and its warps. The fastest on an H200 for the matrices of a 7B model.
-#: `maxnreg` decides how early the compiler lets weights be loaded, and how many programs fit.
-_INT4_BLOCKS: tuple[tuple[int, dict[str, int]], ...] = (
-    (16384, {"TILES": 8, "GROUPS": 4, "num_warps": 4, "maxnreg": 128}),
-    (8192, {"TILES": 4, "GROUPS": 8, "num_warps": 8}),
-    (0, {"TILES": 4, "GROUPS": 8, "num_warps": 8, "maxnreg": 255}),
+#: Up to so many inputs and from so many outputs on: groups that a program of the 4-bit kernel
+#: reads at a time, each by a warp, and pairs of tiles. The fastest on an H200 for the matrices of a
+#: 7B model. `maxnreg` decides how many programs fit beside each other.
+_INT4_BLOCKS: tuple[tuple[int, int, dict[str, int]], ...] = (
+    (5120, 16384, {"PAIRS": 2, "GROUPS": 4}),
+    (5120, 8192, {"PAIRS": 1, "GROUPS": 4, "maxnreg": 168}),
+    (16384, 0, {"PAIRS": 1, "GROUPS": 8, "maxnreg": 128}),
+    (32768, 0, {"PAIRS": 1, "GROUPS": 16, "maxnreg": 128}),
 )
+#: Rows that the 4-bit kernel multiplies at once.
+MAX_INT4_ROWS = 8
+
+#: Gates that a program computes.
+_GATES_AT_ONCE = 1024
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise rows in float32 and weight them; x (rows, size), weight (size,)."""
+    rows, size = x.shape
+    out = torch.empty_like(x)
+    width = triton.next_power_of_2(size)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        triton_products.rms_norm[(rows,)](
+            x, weight, out, size, eps,
+            WIDTH=width, num_warps=min(max(width // 512, 1), 16), **chain(x.device),
+        )  # fmt: skip
+    return out
+
+
+def gate(x: Tensor) -> Tensor:
+    """Compute silu(gate) * other of rows, (rows, size) of (rows, 2 * size)."""
+    rows, size = x.shape[0], x.shape[1] // 2
+    out = x.new_empty(rows, size)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
+        triton_products.gate[(rows, triton.cdiv(size, _GATES_AT_ONCE))](
+            x, out, size, BLOCK=_GATES_AT_ONCE, num_warps=4
+        )
+    return out
 
 
 def can_multiply(weight: Tensor) -> bool:
@@ -38,25 +70,18 @@ def can_multiply(weight: Tensor) -> bool:
     return weight.is_contiguous() and weight.shape[0] % _DENSE_BLOCK["ROWS"] == 0
 
 
-def can_multiply_int4(*, out_features: int, in_features: int, group: int) -> bool:
-    """Tell whether `multiply_row_int4` takes a 4-bit matrix of these sizes."""
-    tiles = max(block["TILES"] for _, block in _INT4_BLOCKS)
-    whole = in_features % _TILE_INPUTS == 0 and out_features % (tiles * _TILE_OUTPUTS) == 0
-    return whole and group == _TILE_INPUTS
-
-
-@torch.library.custom_op("qwen::multiply_row", mutates_args=())
 def multiply_row(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     add: Tensor | None = None,
+    *,
     is_gated: bool = False,
 ) -> Tensor:
     """Compute x @ weight.T + bias + add, or silu(gates) * others.
 
     Args:
-        x: (1, inputs), contiguous, of any floating dtype, as all the others.
+        x: (1, inputs), of any floating dtype, as all the others.
         weight: (outputs, inputs) that `can_multiply`.
         bias: (outputs,).
         add: (1, outputs).
@@ -69,65 +94,70 @@ def multiply_row(
     out = x.new_empty(1, outputs // 2 if is_gated else outputs)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         triton_products.dense_row[(outputs // _DENSE_BLOCK["ROWS"],)](
-            x.contiguous(), weight, bias, add, out, inputs, bias is not None, add is not None,
-            is_gated, **_DENSE_BLOCK,
+            x.contiguous(), weight, bias, add, out, inputs,
+            HAS_BIAS=bias is not None,
+            HAS_ADD=add is not None,
+            IS_GATED=is_gated,
+            STEPS=triton.cdiv(inputs, _DENSE_BLOCK["COLUMNS"]),
+            **_DENSE_BLOCK,
+            **chain(x.device),
         )  # fmt: skip
     return out
 
 
-@torch.library.custom_op("qwen::multiply_row_int4", mutates_args=())
-def multiply_row_int4(
+def can_multiply_int4(*, out_features: int, in_features: int, group: int) -> bool:
+    """Tell whether `multiply_rows_int4` takes a 4-bit matrix of these sizes."""
+    whole = in_features % _TILE_INPUTS == 0 and out_features % (4 * _TILE_OUTPUTS) == 0
+    return whole and group == _TILE_INPUTS and in_features <= _INT4_BLOCKS[-1][0]
+
+
+def multiply_rows_int4(
     x: Tensor,
     packed: Tensor,
     scales: Tensor,
     bias: Tensor | None = None,
     add: Tensor | None = None,
+    *,
     is_gated: bool = False,
 ) -> Tensor:
     """Multiply as `qwen.int4_kernels.multiply`, a GPU's packed form, and add.
 
     Args:
-        x: (1, inputs) bfloat16; sizes that `can_multiply_int4`.
+        x: (rows, inputs) bfloat16, up to `MAX_INT4_ROWS`; sizes that `can_multiply_int4`.
         packed: See `qwen.int4_kernels.pack`.
         scales: See `qwen.int4_kernels.multiply`.
         bias: (outputs,).
-        add: (1, outputs).
+        add: (rows, outputs).
         is_gated: See `multiply_row`.
 
     Returns:
-        (1, outputs) or (1, outputs / 2), bfloat16.
+        (rows, outputs) or (rows, outputs / 2), bfloat16.
     """
-    assert x.dtype == COMPUTE_DTYPE
-    outputs, inputs = scales.shape[1], x.shape[1]
-    block = next(block for least, block in _INT4_BLOCKS if outputs >= least)
-    out = x.new_empty(1, outputs // 2 if is_gated else outputs)
+    rows, inputs = x.shape
+    outputs = scales.shape[1]
+    assert x.dtype == COMPUTE_DTYPE and rows <= MAX_INT4_ROWS
+    block = next(own for most, least, own in _INT4_BLOCKS if inputs <= most and outputs >= least)
+    out = x.new_empty(rows, outputs // 2 if is_gated else outputs)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        triton_products.int4_row[(outputs // (block["TILES"] * _TILE_OUTPUTS),)](
+        triton_products.int4_rows[(outputs // (2 * block["PAIRS"] * _TILE_OUTPUTS),)](
             x.contiguous().view(torch.int32), packed, scales.view(torch.int32), bias, add, out,
-            inputs, outputs, bias is not None, add is not None, is_gated,
-            IS_COMPILED=_IS_COMPILED, **block,
+            rows, inputs, outputs,
+            HAS_BIAS=bias is not None,
+            HAS_ADD=add is not None,
+            IS_GATED=is_gated,
+            IS_SINGLE=rows == 1,
+            IS_COMPILED=IS_COMPILED,
+            STEPS=triton.cdiv(inputs // _TILE_INPUTS, block["GROUPS"]),
+            num_warps=block["GROUPS"],
+            **block,
+            **chain(x.device),
         )  # fmt: skip
     return out
 
 
-@multiply_row.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    add: Tensor | None = None,
-    is_gated: bool = False,
-) -> Tensor:
-    return x.new_empty(1, weight.shape[0] // 2 if is_gated else weight.shape[0])
-
-
-@multiply_row_int4.register_fake
-def _(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    bias: Tensor | None = None,
-    add: Tensor | None = None,
-    is_gated: bool = False,
-) -> Tensor:
-    return x.new_empty(1, scales.shape[1] // 2 if is_gated else scales.shape[1])
+@functools.cache
+def chain(device: torch.device) -> dict[str, Any]:
+    """Return what has a kernel begin before the one before it has ended, where a GPU can."""
+    if not IS_COMPILED or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"CHAINED": False}
+    return {"CHAINED": True, "launch_pdl": True}

@@ -56,6 +56,7 @@ def pack(codes: Tensor) -> Tensor:
     if codes.device.type == "cpu":
         packed: Tensor = aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
         return packed
+    codes = order_for_gpu(codes)
     pairs = (codes[:, ::2] << 4) | codes[:, 1::2]
     packed = aten._convert_weight_to_int4pack(pairs.contiguous(), _inner_tiles(codes.shape[1]))
     return packed
@@ -74,13 +75,27 @@ def multiply(inputs: Tensor, packed: Tensor, scales: Tensor, *, group: int) -> T
         (rows, out) bfloat16.
     """
     aten = torch.ops.aten
-    run = (
-        aten._weight_int4pack_mm_for_cpu
-        if packed.device.type == "cpu"
-        else aten._weight_int4pack_mm
-    )
-    result: Tensor = run(inputs, packed, group, scales)
+    if packed.device.type == "cpu":
+        result: Tensor = aten._weight_int4pack_mm_for_cpu(inputs, packed, group, scales)
+        return result
+    result = aten._weight_int4pack_mm(order_for_gpu(inputs), packed, group, scales)
     return result
+
+
+def order_for_gpu(rows: Tensor) -> Tensor:
+    """Return rows with their inputs in the order of a GPU's packed form; done twice, as before.
+
+    torch gives a lane of the GPU 16 pairs of inputs out of 64; here those that follow each other,
+    which our kernel reads at once (`qwen.triton_products.int4_rows`). Other sizes stay as they are.
+
+    Args:
+        rows: (rows, in).
+    """
+    if rows.shape[1] % 128:
+        return rows
+    words, nibbles, lanes, pair = 4, 4, 4, 2
+    groups = rows.view(len(rows), -1, words, nibbles, lanes, pair)
+    return groups.transpose(2, 4).reshape(rows.shape)
 
 
 def outputs_of_a_row(device: torch.device) -> int:

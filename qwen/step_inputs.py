@@ -12,11 +12,8 @@ from qwen.decoder_ops import Rotation
 from qwen.kv_slots import KvSlot
 from qwen.rope import logn_factor, rotary_tables
 
-
 #: What computes as `compute_rotation` does.
-ComputeRotation = Callable[
-    [Tensor, Tensor, float, int | None], tuple[Tensor, Tensor, Tensor | None]
-]
+ComputeRotation = Callable[[Tensor, Tensor, float, int | None], Rotation]
 
 
 class StepInputs:
@@ -24,7 +21,6 @@ class StepInputs:
 
     Attributes:
         ids: (rows,), int64; likewise `positions`.
-        inv_freq: (rows, rotary_dim / 2), of each row's sequence.
 
     Args:
         rows: Of the step.
@@ -37,7 +33,7 @@ class StepInputs:
         self.ids, self.positions = self._both[0], self._both[1]
         # Written on the CPU, from where they cross at once without waiting.
         self._staged = torch.zeros(2, rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self.inv_freq = table.inv_freq.repeat(rows, 1)
+        self._inv_freq = table.inv_freq.repeat(rows, 1)
         self._tables: list[RotaryTable | None] = [None] * rows
         self._scale, self._logn_length = table.scale, table.logn_length
 
@@ -53,22 +49,19 @@ class StepInputs:
             table = piece.sequence.table
             if self._tables[row] is not table:
                 self._tables[row] = table
-                self.inv_freq[row].copy_(table.inv_freq)
+                self._inv_freq[row].copy_(table.inv_freq)
         self._staged.copy_(torch.tensor([ids, positions]))
         self._both.copy_(self._staged, non_blocking=True)
 
     def rotation(self, compute: ComputeRotation) -> Rotation:
-        """Compute how the tokens are rotated, by `compute_rotation` or what was compiled of it."""
-        return Rotation(
-            self.positions,
-            *compute(self.positions, self.inv_freq, self._scale, self._logn_length),
-        )
+        """Compute how the tokens are rotated."""
+        return compute(self.positions, self._inv_freq, self._scale, self._logn_length)
 
 
 def compute_rotation(
     positions: Tensor, inv_freq: Tensor, scale: float, logn_length: int | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Compute cosines and sines (rows, rotary_dim) and log-n factors (rows,) of one token a row.
+) -> Rotation:
+    """Compute how one token a row is rotated.
 
     Args:
         positions: (rows,).
@@ -78,4 +71,4 @@ def compute_rotation(
     """
     cos, sin = rotary_tables(positions[:, None], inv_freq)
     logn = None if logn_length is None else logn_factor(positions, logn_length)
-    return cos[:, 0] * scale, sin[:, 0] * scale, logn
+    return Rotation(positions, cos[:, 0] * scale, sin[:, 0] * scale, logn)

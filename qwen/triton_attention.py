@@ -6,6 +6,45 @@ Source: Triton 3.6's language; attention in parts as in flash decoding (Dao et a
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def rotation(
+    positions_ptr,
+    inv_freq_ptr,
+    cos_ptr,
+    sin_ptr,
+    logn_ptr,
+    scale,
+    logn_length,
+    HALF: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_LOGN: tl.constexpr,
+    IS_COMPILED: tl.constexpr,
+):
+    """Compute cosines and sines of one row's position, and its log-n factor.
+
+    Shapes: positions and logn (rows,), inv_freq (rows, HALF), cos and sin (rows, 2 * HALF).
+    `WIDTH` is a power of two, at least `HALF`.
+    """
+    row, dims = tl.program_id(0), tl.arange(0, WIDTH)
+    position = tl.load(positions_ptr + row)
+    is_dim = dims < HALF
+    inv_freq = tl.load(inv_freq_ptr + row * HALF + dims, mask=is_dim, other=0.0)
+    angles = position.to(tl.float32) * inv_freq
+    if IS_COMPILED:  # the language's own are approximations, far off for large angles
+        cos, sin = libdevice.cos(angles), libdevice.sin(angles)
+    else:
+        cos, sin = tl.cos(angles), tl.sin(angles)
+    for half in tl.static_range(2):
+        places = (row * 2 + half) * HALF + dims
+        tl.store(cos_ptr + places, cos * scale, mask=is_dim)
+        tl.store(sin_ptr + places, sin * scale, mask=is_dim)
+    if HAS_LOGN:
+        factor = tl.log((position + 1).to(tl.float32)) / tl.log(logn_length.to(tl.float32))
+        tl.store(logn_ptr + row, tl.maximum(factor, 1.0))
 
 
 @triton.jit
@@ -47,6 +86,7 @@ def attend_rows(
     WIDTH: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     HAS_LOGN: tl.constexpr,
+    CHAINED: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -63,6 +103,9 @@ def attend_rows(
     score and the sum of weights; done (rows * KV_HEADS,), zero before and after. `PADDED` and
     `WIDTH` are powers of two from 16 on, at least `SHARED` and `DIM`.
     """
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     program, part = tl.program_id(0), tl.program_id(1)
     row, head = program // KV_HEADS, program % KV_HEADS
     position = tl.load(positions_ptr + row)

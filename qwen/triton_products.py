@@ -1,8 +1,11 @@
-"""The kernels of `qwen.gpu_products`, in Triton: a row times a dense or a 4-bit matrix.
+"""The kernels of `qwen.gpu_products`, in Triton: rows times a matrix, and what stands between.
 
 All add in float32. Arguments are tensors and sizes; lower-case ones are known at run time only.
-Names ending in `_ptr` point to the first number of a contiguous tensor. Source: Triton 3.6's
-language.
+Names ending in `_ptr` point to the first number of a contiguous tensor. Where a kernel is
+`CHAINED`, it begins while the one before it still runs, loads its weights, and waits before it
+touches anything else (programmatic dependent launch, from compute capability 9.0 on).
+`IS_COMPILED` allows PTX, of which Triton's interpreter knows nothing. Source: Triton 3.6's
+language; PTX 8.7, `mma.sync.m16n8k16`.
 """
 
 # Triton has no unpacking of tuples.
@@ -10,6 +13,42 @@ language.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def rms_norm(x_ptr, weight_ptr, out_ptr, size, eps, WIDTH: tl.constexpr, CHAINED: tl.constexpr):
+    """Normalise a row of x and weight it; `WIDTH` is a power of two, at least its size."""
+    if CHAINED:
+        gdc_launch_dependents()
+    columns = tl.arange(0, WIDTH)
+    is_inside = columns < size
+    weight = tl.load(weight_ptr + columns, mask=is_inside, other=0.0).to(tl.float32)
+    if CHAINED:
+        gdc_wait()
+    places = tl.program_id(0) * size + columns
+    x = tl.load(x_ptr + places, mask=is_inside, other=0.0).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(x * x, axis=0) / size + eps)
+    tl.store(out_ptr + places, (x * factor * weight).to(out_ptr.dtype.element_ty), mask=is_inside)
+
+
+@triton.jit
+def gate(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    """Compute silu(gate) * other of rows of `size` gates and as many others."""
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    is_inside = columns < size
+    places = tl.program_id(0) * 2 * size + columns
+    gates = tl.load(x_ptr + places, mask=is_inside, other=0.0)
+    others = tl.load(x_ptr + places + size, mask=is_inside, other=0.0)
+    gated = _gated(gates.to(tl.float32), others.to(tl.float32), out_ptr.dtype.element_ty)
+    tl.store(out_ptr + tl.program_id(0) * size + columns, gated, mask=is_inside)
+
+
+@triton.jit
+def _gated(gates, others, dtype: tl.constexpr):
+    """Return silu(gates) * others, rounded as if both had been stored before."""
+    gates, others = gates.to(dtype).to(tl.float32), others.to(dtype).to(tl.float32)
+    return (gates * tl.sigmoid(gates) * others).to(dtype)
 
 
 @triton.jit
@@ -23,160 +62,254 @@ def dense_row(
     HAS_BIAS: tl.constexpr,
     HAS_ADD: tl.constexpr,
     IS_GATED: tl.constexpr,
+    CHAINED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     """Compute `ROWS` outputs of x @ weight.T + bias + add, or half as many that are gated.
+
+    All weights are asked for before the first is used, in `STEPS` times `COLUMNS`.
 
     Shapes: x (inputs,), weight (outputs, inputs), bias, add and out (outputs,). If `IS_GATED`,
     the first half of the outputs are gates of the second, and out is silu(gate) * other.
     """
+    if CHAINED:
+        gdc_launch_dependents()
     outputs = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if IS_GATED:
         outputs = outputs // 2 + outputs % 2 * (tl.num_programs(0) * (ROWS // 2))
     columns = tl.arange(0, COLUMNS)
-    sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    places = weight_ptr + outputs[:, None].to(tl.int64) * inputs + columns[None, :]
-    for start in tl.range(0, inputs, COLUMNS, num_stages=1):
-        is_inside = columns < inputs - start
-        weight = tl.load(
-            places + start, mask=is_inside[None, :], other=0.0, eviction_policy="evict_first"
+    weight_places = weight_ptr + outputs[:, None].to(tl.int64) * inputs + columns[None, :]
+    weights = ()
+    for step in tl.static_range(STEPS):
+        is_inside = columns < inputs - step * COLUMNS
+        weights = weights + (
+            tl.load(
+                weight_places + step * COLUMNS,
+                mask=is_inside[None, :],
+                other=0.0,
+                eviction_policy="evict_first",
+            ),
         )
-        x = tl.load(x_ptr + start + columns, mask=is_inside, other=0.0)
-        sums += weight.to(tl.float32) * x.to(tl.float32)[None, :]
+    if CHAINED:
+        gdc_wait()
+    sums = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for step in tl.static_range(STEPS):
+        places = x_ptr + step * COLUMNS + columns
+        x = tl.load(places, mask=columns < inputs - step * COLUMNS, other=0.0)
+        sums += weights[step].to(tl.float32) * x.to(tl.float32)[None, :]
     result = tl.sum(sums, axis=1)
     if IS_GATED:
-        gate, other = tl.split(tl.reshape(result, (ROWS // 2, 2)))
-        outputs = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
-        _store_gated(gate, other, outputs, out_ptr)
+        gates, others = tl.split(tl.reshape(result, (ROWS // 2, 2)))
+        places = out_ptr + tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
+        tl.store(places, _gated(gates, others, out_ptr.dtype.element_ty))
     else:
-        _store(result, outputs, bias_ptr, add_ptr, out_ptr, HAS_BIAS, HAS_ADD)
+        if HAS_BIAS:
+            result += tl.load(bias_ptr + outputs).to(tl.float32)
+        if HAS_ADD:
+            result += tl.load(add_ptr + outputs).to(tl.float32)
+        tl.store(out_ptr + outputs, result.to(out_ptr.dtype.element_ty))
+
+
+def _ptx_of_multiply() -> str:
+    """Write PTX for a warp: 16 outputs of 128 inputs, of two tiles, times 8 rows.
+
+    Operands: four sums; four words of one tile and four of the other; of each word the four pairs
+    of inputs that its codes belong to. A code becomes bfloat16 behind the exponent of 128.
+    """
+    sums, more = "{$0, $1, $2, $3}", "{s0, s1, s2, s3}"  # two chains, which do not wait for another
+    lines = [".reg .b32 a0, a1, a2, a3, moved;", ".reg .f32 s0, s1, s2, s3;"]
+    lines += [f"mov.b32 {name}, 0;" for i in range(4) for name in (f"${i}", f"s{i}")]
+    for word in range(4):
+        for half, chain in enumerate((sums, more)):
+            for i in range(4):  # the second tile's codes beside the first one's
+                source, nibble = f"${4 + 4 * (i % 2) + word}", 2 * half + i // 2
+                if nibble:
+                    lines.append(f"shr.b32 moved, {source}, {4 * nibble};")
+                    source = "moved"
+                lines.append(f"lop3.b32 a{i}, {source}, 0x000F000F, 0x43004300, 0xEA;")
+            pairs = f"${12 + 8 * half + word}, ${16 + 8 * half + word}"
+            operands = f"{chain}, {{a0, a1, a2, a3}}, {{{pairs}}}, {chain};"
+            lines.append(f"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {operands}")
+    lines += [f"add.f32 ${i}, ${i}, s{i};" for i in range(4)]
+    return "\n".join(["{", *lines, "}"])
+
+
+_PTX = tl.constexpr(_ptx_of_multiply())
+_OPERANDS = tl.constexpr(",".join(["=&f"] * 4 + ["r"] * 24))
 
 
 @triton.jit
-def _store_gated(gate, other, outputs, out_ptr):
-    """Store silu(gate) * other, of what would else have been stored."""
-    kept: tl.constexpr = out_ptr.dtype.element_ty
-    gate, other = gate.to(kept).to(tl.float32), other.to(kept).to(tl.float32)
-    tl.store(out_ptr + outputs, (gate * tl.sigmoid(gate) * other).to(kept))
-
-
-@triton.jit
-def _store(
-    result, outputs, bias_ptr, add_ptr, out_ptr, HAS_BIAS: tl.constexpr, HAS_ADD: tl.constexpr
-):
-    if HAS_BIAS:
-        result += tl.load(bias_ptr + outputs).to(tl.float32)
-    if HAS_ADD:
-        result += tl.load(add_ptr + outputs).to(tl.float32)
-    tl.store(out_ptr + outputs, result.to(out_ptr.dtype.element_ty))
-
-
-@triton.jit
-def int4_row(
+def int4_rows(
     x_ptr,
     packed_ptr,
     scales_ptr,
     bias_ptr,
     add_ptr,
     out_ptr,
+    rows,
     inputs,
     outputs,
     HAS_BIAS: tl.constexpr,
     HAS_ADD: tl.constexpr,
     IS_GATED: tl.constexpr,
-    TILES: tl.constexpr,
-    GROUPS: tl.constexpr,
+    IS_SINGLE: tl.constexpr,
+    CHAINED: tl.constexpr,
     IS_COMPILED: tl.constexpr,
+    PAIRS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    """Compute 8 * `TILES` outputs of x times 4-bit weights in groups of 128, plus bias and add.
+    """Compute 16 * `PAIRS` outputs of up to 8 rows times 4-bit weights, plus bias and add.
 
-    Or half as many that are gated, see `dense_row`: of as many tiles of gates and of others.
+    Or half as many that are gated, see `dense_row`. A tile of the packed form is 8 outputs of a
+    group of 128 inputs: 32 lanes of four words of eight codes, each lane one quarter of an
+    output's; which is what a warp's matrix units take. So each of `GROUPS` warps multiplies a
+    group of two tiles at a time, `STEPS` times. All weights are asked for before the first is used.
 
-    A tile of the packed form is 8 outputs of one group: 32 lanes of four words of eight codes, each
-    lane one quarter of an output's. A code becomes a number by being put behind the exponent of
-    a power of two, which is 128 to 32,768 more than the code; their sum is taken off a word's.
-
-    Shapes: x (inputs / 2,) int32, pairs of bfloat16; packed (outputs / 8, inputs / 128, 128) int32,
-    of `torch.ops.aten._convert_weight_to_int4pack` with 8 inner tiles; scales
-    (inputs / 128, outputs) int32, pairs of bfloat16: scale and offset; bias, add, out (outputs,).
-    `IS_COMPILED` allows PTX, of which Triton's interpreter knows nothing.
+    Shapes: x (rows, inputs / 2) int32, pairs of bfloat16; packed (outputs / 8, inputs / 128, 128)
+    int32, see `qwen.int4_kernels.pack`; scales
+    (inputs / 128, outputs) int32, pairs of bfloat16: scale and offset; bias (outputs,); add and out
+    (rows, outputs). `IS_SINGLE`: there is one row.
     """
+    if CHAINED:
+        gdc_launch_dependents()
     groups = inputs // 128
-    first = tl.program_id(0) * TILES
-    # Tiles between those of gates and those of what they gate.
-    between = 0
-    if IS_GATED:
-        first //= 2
-        between = outputs // 16 - TILES // 2
+    # The second tile of a pair is the next one, or that which the first one gates.
+    apart, STRIDE = (outputs // 16, 1) if IS_GATED else (1, 2)
+    first = tl.program_id(0) * PAIRS * STRIDE
     words = tl.arange(0, GROUPS * 128)
-    word_group = words // 128
-    lanes = tl.arange(0, GROUPS * 32)
-    lane_group = lanes // 32
-    x_places = x_ptr + word_group * 64 + (words % 4) * 16 + words % 16 // 4
-    scale_places = scales_ptr + first * 8 + lane_group * outputs + lanes % 32 // 4
+    group, lane_row, word = words // 128, words // 16 % 8, words % 4
     packed_places = packed_ptr + first * groups * 128 + words
-    sums = ()
-    ahead = ()
-    for tile in tl.static_range(TILES):
-        sums = sums + (tl.zeros((GROUPS * 32,), dtype=tl.float32),)
-        skipped = tile + tile // (TILES // 2) * between
-        codes = tl.load(packed_places + skipped * groups * 128, mask=word_group < groups, other=0)
-        ahead = ahead + (codes,)
-    for start in tl.range(0, groups, GROUPS, num_stages=1):
-        left = groups - start
-        following = ()
-        scales = ()
-        for tile in tl.static_range(TILES):
-            skipped = tile + tile // (TILES // 2) * between
-            places = packed_places + (skipped * groups + start + GROUPS) * 128
-            codes = tl.load(places, mask=word_group < left - GROUPS, other=0)
-            following = following + (codes,)
-        for tile in tl.static_range(TILES):
-            skipped = tile + tile // (TILES // 2) * between
-            places = scale_places + start * outputs + skipped * 8
-            scales = scales + (tl.load(places, mask=lane_group < left, other=0),)
-        # A word's codes, from the lowest bits: inputs 0, 8, 16, 24, then 1, 9, 17, 25 of its lane.
-        places = x_places + start * 64
-        pair0 = tl.load(places, mask=word_group < left, other=0)
-        pair1 = tl.load(places + 4, mask=word_group < left, other=0)
-        pair2 = tl.load(places + 8, mask=word_group < left, other=0)
-        pair3 = tl.load(places + 12, mask=word_group < left, other=0)
-        x0, x1, x2, x3 = _first(pair0), _first(pair1), _first(pair2), _first(pair3)
-        x4, x5, x6, x7 = _second(pair0), _second(pair1), _second(pair2), _second(pair3)
-        large, middle, small = x0 + x2 + x5, x1 + x3 + x6, x4 + x7
-        excess = 32776.0 * large + 2056.0 * middle + 136.0 * small  # with the 8 of code 8
-        total = tl.sum(tl.reshape(large + middle + small, (GROUPS * 32, 4)), axis=1)
-        new = ()
-        for tile in tl.static_range(TILES):
-            word = ahead[tile]
-            left_word, right_word = word << 8, word >> 12
-            part = _number(left_word, 0xF00, 0x47000000, IS_COMPILED) * x0 - excess
-            part += _number(word, 0xF00, 0x47000000, IS_COMPILED) * x2
-            part += _number(right_word, 0xF00, 0x47000000, IS_COMPILED) * x5
-            part += _number(left_word, 0xF000, 0x45000000, IS_COMPILED) * x1
-            part += _number(word, 0xF000, 0x45000000, IS_COMPILED) * x3
-            part += _number(right_word, 0xF000, 0x45000000, IS_COMPILED) * x6
-            part += _number(word, 0xF0000, 0x43000000, IS_COMPILED) * x4
-            part += _number(right_word, 0xF0000, 0x43000000, IS_COMPILED) * x7
-            part = tl.sum(tl.reshape(part, (GROUPS * 32, 4)), axis=1)
-            scaled = part * _first(scales[tile]) + total * _second(scales[tile])
-            new = new + (sums[tile] + scaled,)
-        sums, ahead = new, following
-    if IS_GATED:
-        for tile in tl.static_range(TILES // 2):
-            gate, other = _sum_tile(sums[tile], GROUPS), _sum_tile(sums[tile + TILES // 2], GROUPS)
-            _store_gated(gate, other, (first + tile) * 8 + tl.arange(0, 8), out_ptr)
-    else:
-        for tile in tl.static_range(TILES):
-            result = _sum_tile(sums[tile], GROUPS)
-            of_tile = (first + tile) * 8 + tl.arange(0, 8)
-            _store(result, of_tile, bias_ptr, add_ptr, out_ptr, HAS_BIAS, HAS_ADD)
+    # A lane's four sums: an output of the first tile for two rows, then one of the second.
+    scale_places = scales_ptr + group * outputs + (first + word // 2 * apart) * 8 + lane_row
+    codes = ()
+    scales = ()
+    for step in tl.static_range(STEPS):
+        is_inside = group + step * GROUPS < groups
+        for pair in tl.static_range(PAIRS):
+            places = packed_places + (pair * STRIDE * groups + step * GROUPS) * 128
+            own = tl.load(places, mask=is_inside, other=0)
+            other = tl.load(places + apart * groups * 128, mask=is_inside, other=0)
+            codes = codes + ((own, other),)
+        for pair in tl.static_range(PAIRS):
+            places = scale_places + step * GROUPS * outputs + pair * STRIDE * 8
+            # In the layout of the words, from which the sums come; both rows have the same.
+            loaded = tl.load(places, mask=is_inside & (word % 2 == 0), other=0)
+            own, _ = tl.split(tl.reshape(loaded, (GROUPS * 64, 2)))
+            scales = scales + (own,)
+    if CHAINED:
+        gdc_wait()
+    even = ()
+    odd = ()
+    for _ in tl.static_range(PAIRS):
+        even = even + (tl.zeros((GROUPS * 64,), dtype=tl.float32),)
+        odd = odd + (tl.zeros((GROUPS * 64,), dtype=tl.float32),)
+    # Inputs of a lane's words, from the lowest bits: 0, 8, 16, 24, then 1, 9, 17, 25; those of
+    # the next word begin at 2.
+    x_places = x_ptr + (lane_row * groups + group) * 64 + words // 4 % 4 * 16 + word
+    nothing = tl.zeros((GROUPS * 128,), tl.int32)
+    for step in tl.static_range(STEPS):
+        is_inside = (group + step * GROUPS < groups) & (lane_row < rows)
+        places = x_places + step * GROUPS * 64
+        pair0 = tl.load(places, mask=is_inside, other=0)
+        pair1 = tl.load(places + 4, mask=is_inside, other=0)
+        pair2 = tl.load(places + 8, mask=is_inside, other=0)
+        pair3 = tl.load(places + 12, mask=is_inside, other=0)
+        x = (pair0, pair1, pair2, pair3)
+        # Codes of 0 count as 128: from them the sum of the inputs.
+        even_zero, odd_zero = _multiply(nothing, nothing, x, GROUPS, IS_COMPILED)
+        new_even = ()
+        new_odd = ()
+        for pair in tl.static_range(PAIRS):
+            own, other = codes[step * PAIRS + pair]
+            even_part, odd_part = _multiply(own, other, x, GROUPS, IS_COMPILED)
+            pairs_of_scales = scales[step * PAIRS + pair]
+            scale, offset = _first(pairs_of_scales), _second(pairs_of_scales) * (1 / 128)
+            part = (even_part - even_zero * (136 / 128)) * scale + even_zero * offset
+            new_even = new_even + (even[pair] + part,)
+            if IS_SINGLE:
+                new_odd = new_odd + (odd[pair],)
+            else:
+                part = (odd_part - odd_zero * (136 / 128)) * scale + odd_zero * offset
+                new_odd = new_odd + (odd[pair] + part,)
+        even, odd = new_even, new_odd
+    for pair in tl.static_range(PAIRS):
+        at = first + pair * STRIDE
+        sizes = (rows, outputs, at, apart)
+        _store_rows(
+            even[pair], 0, sizes, bias_ptr, add_ptr, out_ptr, HAS_BIAS, HAS_ADD, IS_GATED, GROUPS
+        )
+        if not IS_SINGLE:
+            _store_rows(
+                odd[pair], 1, sizes, bias_ptr, add_ptr, out_ptr, HAS_BIAS, HAS_ADD, IS_GATED, GROUPS
+            )
 
 
 @triton.jit
-def _sum_tile(sums, GROUPS: tl.constexpr):
-    return tl.sum(tl.sum(tl.reshape(sums, (GROUPS, 8, 4)), axis=2), axis=0)
+def _store_rows(
+    sums,
+    odd,
+    sizes,
+    bias_ptr,
+    add_ptr,
+    out_ptr,
+    HAS_BIAS: tl.constexpr,
+    HAS_ADD: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Store 16 outputs of every second row, or 8 that are gated; see `int4_rows`."""
+    rows, outputs, first, apart = sizes
+    result = tl.sum(tl.reshape(sums, (GROUPS, 64)), axis=0)  # outputs, rows, tiles
+    if IS_GATED:
+        gates, others = tl.split(tl.reshape(result, (32, 2)))
+        places = tl.arange(0, 32)
+        row = places % 4 * 2 + odd
+        places = row * (outputs // 2) + first * 8 + places // 4
+        gated = _gated(gates, others, out_ptr.dtype.element_ty)
+        tl.store(out_ptr + places, gated, mask=row < rows)
+    else:
+        places = tl.arange(0, 64)
+        row = places % 8 // 2 * 2 + odd
+        output = (first + places % 2 * apart) * 8 + places // 8
+        places = row * outputs + output
+        if HAS_BIAS:
+            result += tl.load(bias_ptr + output).to(tl.float32)
+        if HAS_ADD:
+            result += tl.load(add_ptr + places, mask=row < rows, other=0.0).to(tl.float32)
+        tl.store(out_ptr + places, result.to(out_ptr.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
+def _multiply(own, other, x, GROUPS: tl.constexpr, IS_COMPILED: tl.constexpr):
+    """Multiply groups of two tiles by 8 rows; each code counts as 128 more than it is.
+
+    Returns:
+        Two tensors, (GROUPS * 64,), of (group, output, row, tile): of even rows and of odd ones.
+    """
+    if IS_COMPILED:
+        operands = [own, other, x[0], x[1], x[2], x[3]]
+        sums = tl.inline_asm_elementwise(
+            _PTX, _OPERANDS, operands, dtype=tl.float32, is_pure=True, pack=4
+        )
+    else:
+        both = tl.join(_sum_tile(own, x, GROUPS), _sum_tile(other, x, GROUPS))
+        sums = tl.permute(tl.reshape(both, (GROUPS, 8, 4, 2, 2)), (0, 1, 2, 4, 3))
+    return tl.split(tl.reshape(sums, (GROUPS * 64, 2)))
+
+
+@triton.jit
+def _sum_tile(words, x, GROUPS: tl.constexpr):
+    """Do what the matrix units do: (GROUPS, outputs, rows) of a tile's words."""
+    words = tl.reshape(words, (GROUPS, 8, 1, 16))
+    sums = tl.zeros((GROUPS, 8, 8, 16), tl.float32)
+    for nibble in tl.static_range(4):
+        pairs = tl.reshape(x[nibble], (GROUPS, 1, 8, 16))
+        sums += ((words >> 4 * nibble & 15) + 128).to(tl.float32) * _first(pairs)
+        sums += ((words >> 4 * nibble + 16 & 15) + 128).to(tl.float32) * _second(pairs)
+    return tl.sum(sums, axis=3)
 
 
 @triton.jit
@@ -188,21 +321,3 @@ def _first(pairs):
 @triton.jit
 def _second(pairs):
     return ((pairs >> 16) << 16).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _number(word, MASK: tl.constexpr, EXPONENT: tl.constexpr, IS_COMPILED: tl.constexpr):
-    """Return the float32 number of some bits of a word and an exponent."""
-    if IS_COMPILED:
-        # (word & MASK) | EXPONENT in one instruction, which the compiler does not find.
-        bits = tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, $3, 0xEA;",
-            "=r,r,r,r",
-            [word, MASK, EXPONENT],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        bits = (word & MASK) | EXPONENT
-    return bits.to(tl.float32, bitcast=True)

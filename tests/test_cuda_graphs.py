@@ -10,8 +10,8 @@ from fake_backend import wait_until
 from tiny_model import build_tiny_model
 
 from qwen import cuda_graphs
-from qwen.cuda_graphs import GraphedDecoder, StepParts, compile_step_parts
-from qwen.decoder import Decoder, ForwardParts, Piece, finish, project
+from qwen.cuda_graphs import GraphedDecoder, StepParts, make_step_parts
+from qwen.decoder import Decoder, Piece
 from qwen.decoder_ops import TorchOps
 from qwen.engine import Engine
 from qwen.messages import SamplingParams
@@ -189,16 +189,13 @@ def compile_and_wait(decoder):
 def test_compiled_parts_are_used_from_the_next_sequence_on():
     used = []
 
-    def counting(ops, layer, hidden, eps):
-        used.append(len(hidden))
-        return project(ops, layer, hidden, eps)
+    class CountingOps(TorchOps):
+        def rms_norm(self, x, weight, eps):
+            used.append(len(x))
+            return super().rms_norm(x, weight, eps)
 
     decoder = GraphedDecoder(
-        build_tiny_model(),
-        record=Repeat(),
-        compile_parts=lambda is_single: StepParts(
-            ForwardParts(TorchOps(), project=counting, finish=finish)
-        ),
+        build_tiny_model(), record=Repeat(), make_parts=lambda: StepParts(CountingOps())
     )
     compile_and_wait(decoder)
     used.clear()
@@ -210,11 +207,11 @@ def test_compiled_parts_are_used_from_the_next_sequence_on():
 
 
 def test_compilation_that_fails_is_named_in_the_log_and_decoding_goes_on(caplog):
-    def fail(is_single):
+    def fail():
         raise RuntimeError("no compiler found\nlong story")
 
     with caplog.at_level(logging.WARNING):
-        decoder = GraphedDecoder(build_tiny_model(), record=Repeat(), compile_parts=fail)
+        decoder = GraphedDecoder(build_tiny_model(), record=Repeat(), make_parts=fail)
         compile_and_wait(decoder)
     assert "slower: no compiler found" in caplog.text
     ids = prompt(20)
@@ -231,8 +228,7 @@ def test_cuda_graphs_equal_the_transformers_classes(make, compiled):
     ids = prompt(150).cuda()
     with torch.inference_mode():
         expected = model(ids[None], use_cache=False).logits[0, 39:]
-    parts = compile_step_parts if compiled else None
-    decoder = GraphedDecoder(model, compile_parts=parts)
+    decoder = GraphedDecoder(model, make_parts=make_step_parts if compiled else None)
     compile_and_wait(decoder)
     actual, _ = read(decoder, ids, 40)
     torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-3)

@@ -13,9 +13,10 @@ from tiny_model import build_tiny_model
 
 from qwen import int4_kernels
 from qwen.cuda_graphs import GraphedDecoder, StepParts
-from qwen.decoder import Decoder, ForwardParts, Piece, finish, project
-from qwen.decoder_ops import PromptRows, Rotation, TorchOps, attend_masked, rotate_and_store
+from qwen.decoder import Decoder, Piece
+from qwen.decoder_ops import PromptRows, Rotation, attend_masked, rotate_and_store
 from qwen.quantized import Int4Linear
+from qwen.step_inputs import compute_rotation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -77,30 +78,42 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     if DEVICE == "cuda":
         return int4_kernels.pack(codes)
     outputs, inputs = codes.shape
-    places = codes.long().view(outputs // 8, 8, inputs // 128, 4, 2, 2, 4, 2)
+    places = int4_kernels.order_for_gpu(codes).long().view(outputs // 8, 8, inputs // 128, 4, 2, 2, 4, 2)
     nibbles = places.permute(0, 2, 1, 6, 3, 7, 4, 5).reshape(outputs // 8, inputs // 128, 32, 4, 8)
     words = (nibbles << (4 * torch.arange(8))).sum(-1)
     return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
 
 
-@pytest.mark.parametrize("block", range(3))
+@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+@pytest.mark.parametrize("block", [(1, 1), (1, 4), (2, 2)])
 @pytest.mark.parametrize(("inputs", "outputs"), [(128, 64), (640, 128)])
-def test_row_times_int4_matrix(products, monkeypatch, inputs, outputs, block):
-    blocks = products._INT4_BLOCKS
-    monkeypatch.setattr(products, "_INT4_BLOCKS", ((0, blocks[block][1]),))
+def test_rows_times_int4_matrix(products, monkeypatch, inputs, outputs, block, rows):
+    pairs, groups = block
+    sizes = {"PAIRS": pairs, "GROUPS": groups}
+    monkeypatch.setattr(products, "_INT4_BLOCKS", ((inputs, 0, sizes),))
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8, generator=generator)
     codes = codes.to(DEVICE)
     scales = random(inputs // 128, outputs, 2, seed=1) * 0.01
-    x, bias, add = random(1, inputs), random(outputs, seed=2), random(1, outputs, seed=3)
+    x, bias, add = random(rows, inputs), random(outputs, seed=2), random(rows, outputs, seed=3)
     scale, offset = scales.double().repeat_interleave(128, 0).unbind(-1)
     exact = x.double() @ ((codes.double().t() - 8) * scale + offset)
     packed = pack(codes)
-    assert relative_error(products.multiply_row_int4(x, packed, scales), exact) < 8e-3
-    actual = products.multiply_row_int4(x, packed, scales, is_gated=True)
+    assert relative_error(products.multiply_rows_int4(x, packed, scales), exact) < 8e-3
+    actual = products.multiply_rows_int4(x, packed, scales, is_gated=True)
     assert relative_error(actual, gated(exact)) < 1.6e-2  # rounds three times
     exact = exact + bias.double() + add.double()
-    assert relative_error(products.multiply_row_int4(x, packed, scales, bias, add), exact) < 8e-3
+    assert relative_error(products.multiply_rows_int4(x, packed, scales, bias, add), exact) < 8e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [64, 300, 2080])
+def test_norm_and_gate_equal_torchs(products, size, dtype):
+    x, weight = random(3, size, dtype=dtype) * 5, random(size, seed=1, dtype=dtype)
+    exact = torch.nn.functional.rms_norm(x.double(), (size,), weight.double(), 1e-3)
+    limit = 8e-3 if dtype == torch.bfloat16 else 1e-6
+    assert relative_error(products.rms_norm(x, weight, 1e-3), exact) < limit
+    assert relative_error(products.gate(x), gated(x.double())) < limit
 
 
 def test_sizes_that_the_int4_kernel_takes(products):
@@ -119,6 +132,19 @@ def random_rotation(
     sin = random(tokens, rotary_dim, seed=seed + 1, **options)
     logn = random(tokens, seed=seed + 2, **options).abs() if has_logn else None
     return Rotation(positions, cos, sin, logn)
+
+
+@pytest.mark.parametrize("logn_length", [None, 64])
+def test_rotation_of_a_step_equals_torchs(attention, logn_length):
+    positions = torch.tensor([0, 77, 32_767], device=DEVICE)
+    inv_freq = random(3, 20, dtype=torch.float32).abs()
+    arguments = positions, inv_freq, 1.3, logn_length
+    actual, expected = attention.compute_rotation(*arguments), compute_rotation(*arguments)
+    torch.testing.assert_close(actual.cos, expected.cos, atol=1e-6, rtol=0)
+    torch.testing.assert_close(actual.sin, expected.sin, atol=1e-6, rtol=0)
+    assert (actual.logn is None) == (logn_length is None)
+    if logn_length is not None:
+        torch.testing.assert_close(actual.logn, expected.logn, atol=2e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("shared", "has_logn"), [(1, True), (3, False)])
@@ -217,11 +243,12 @@ def test_steps_by_our_kernels_equal_the_plain_decoders(attention, make):
 
     ids = torch.arange(66, device=DEVICE) * 7 % 290
     decoder = GraphedDecoder(make().to(DEVICE), record=record)
-    single = ForwardParts(GpuOps(), project=project, finish=finish)
-    several = ForwardParts(TorchOps(), project=project, finish=finish)
-    for is_single, layer in ((True, single), (False, several)):
-        decoder._step_parts[is_single] = StepParts(layer, attend=attention.attend_rows)
-    decoder._attend_prompts = attend_one_by_one(attention.rotate_and_store)
+    decoder._step_parts = StepParts(
+        GpuOps(),
+        rotation=attention.compute_rotation,
+        attend=attention.attend_rows,
+        attend_prompts=attend_one_by_one(attention.rotate_and_store),
+    )
     with torch.inference_mode():
         actual, expected = read(decoder, ids), read(Decoder(make().to(DEVICE)), ids)
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
@@ -265,7 +292,7 @@ def test_prompts_attend_at_once_as_one_by_one(attention, shared):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
-def test_joined_int4_layers_compute_what_each_does(kernels):
+def test_joined_int4_layers_compute_what_each_does(products):
     from qwen.gpu_ops import GpuOps
 
     layers = [

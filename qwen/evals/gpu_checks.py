@@ -118,8 +118,8 @@ def _golden_error(
 
 
 def _decoder_checks(golden: Golden, device: str) -> Iterator[Check]:
-    """Compare prompts and single steps of the decoder, eager and compiled, with the golden ones."""
-    from qwen.cuda_graphs import GraphedDecoder, compile_step_parts
+    """Compare prompts and single steps of the decoder, plain and by graphs, with the golden ones."""
+    from qwen.cuda_graphs import GraphedDecoder, make_step_parts
 
     plain = Decoder(golden.model(device))
     yield Check("golden steps, decoder, float32", _step_error(golden, plain, device), 2e-4)
@@ -127,14 +127,14 @@ def _decoder_checks(golden: Golden, device: str) -> Iterator[Check]:
         return
     graphed = GraphedDecoder(golden.model(device))
     yield Check("golden steps, CUDA graphs", _step_error(golden, graphed, device), 2e-4)
-    compiled = GraphedDecoder(golden.model(device), compile_parts=compile_step_parts)
+    compiled = GraphedDecoder(golden.model(device), make_parts=make_step_parts)
     wait_for_compilation()
     error = _step_error(golden, compiled, device)
-    yield Check("golden steps, CUDA graphs, compiled layers", error, 2e-4)
+    yield Check("golden steps, CUDA graphs, our kernels", error, 2e-4)
 
 
 def wait_for_compilation() -> None:
-    """Wait until layers that are compiled in the background are ready."""
+    """Wait until kernels that are compiled in the background are ready."""
     for thread in threading.enumerate():
         if thread.name == "compile":
             thread.join(_COMPILE_SECONDS)
