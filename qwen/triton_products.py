@@ -112,7 +112,63 @@ def dense_row(
         tl.store(out_ptr + outputs, result.to(out_ptr.dtype.element_ty))
 
 
-def _ptx_of_multiply() -> str:
+@triton.jit
+def dense_rows(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    add_ptr,
+    out_ptr,
+    rows,
+    inputs,
+    outputs,
+    HAS_BIAS: tl.constexpr,
+    HAS_ADD: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    CHAINED: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Compute `OUTPUTS` outputs of several rows as `dense_row`, or half as many that are gated.
+
+    Shapes: x (rows, inputs), weight (outputs, inputs), bias (outputs,), add and out
+    (rows, outputs). `ROWS` is a power of two from 16 on, at least `rows`.
+    """
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
+    own = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    weight_rows = own
+    if IS_GATED:
+        weight_rows = own // 2 + own % 2 * (outputs // 2)
+    row, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    x_places = x_ptr + row[:, None] * inputs + columns[None, :]
+    weight_places = weight_ptr + weight_rows[None, :].to(tl.int64) * inputs + columns[:, None]
+    result = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    for start in tl.range(0, inputs, COLUMNS, num_stages=STAGES):
+        is_inside = columns < inputs - start
+        is_x = (row < rows)[:, None] & is_inside[None, :]
+        x = tl.load(x_places + start, mask=is_x, other=0.0)
+        weight = tl.load(weight_places + start, mask=is_inside[:, None], other=0.0)
+        result = tl.dot(x, weight, result, input_precision="ieee")
+    is_row = (row < rows)[:, None]
+    if IS_GATED:
+        gates, others = tl.split(tl.reshape(result, (ROWS, OUTPUTS // 2, 2)))
+        own = tl.program_id(0) * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)
+        places = out_ptr + row[:, None] * (outputs // 2) + own[None, :]
+        tl.store(places, _gated(gates, others, out_ptr.dtype.element_ty), mask=is_row)
+    else:
+        places = row[:, None] * outputs + own[None, :]
+        if HAS_BIAS:
+            result += tl.load(bias_ptr + own).to(tl.float32)[None, :]
+        if HAS_ADD:
+            result += tl.load(add_ptr + places, mask=is_row, other=0.0).to(tl.float32)
+        tl.store(out_ptr + places, result.to(out_ptr.dtype.element_ty), mask=is_row)
+
+
+def _ptx_of_int4() -> str:
     """Write PTX for a warp: 16 outputs of 128 inputs, of two tiles, times 8 rows.
 
     Operands: four sums; four words of one tile and four of the other; of each word the four pairs
@@ -136,8 +192,8 @@ def _ptx_of_multiply() -> str:
     return "\n".join(["{", *lines, "}"])
 
 
-_PTX = tl.constexpr(_ptx_of_multiply())
-_OPERANDS = tl.constexpr(",".join(["=&f"] * 4 + ["r"] * 24))
+_INT4_PTX = tl.constexpr(_ptx_of_int4())
+_INT4_OPERANDS = tl.constexpr(",".join(["=&f"] * 4 + ["r"] * 24))
 
 
 @triton.jit
@@ -219,12 +275,12 @@ def int4_rows(
         pair3 = tl.load(places + 12, mask=is_inside, other=0)
         x = (pair0, pair1, pair2, pair3)
         # Codes of 0 count as 128: from them the sum of the inputs.
-        even_zero, odd_zero = _multiply(nothing, nothing, x, GROUPS, IS_COMPILED)
+        even_zero, odd_zero = _multiply_int4(nothing, nothing, x, GROUPS, IS_COMPILED)
         new_even = ()
         new_odd = ()
         for pair in tl.static_range(PAIRS):
             own, other = codes[step * PAIRS + pair]
-            even_part, odd_part = _multiply(own, other, x, GROUPS, IS_COMPILED)
+            even_part, odd_part = _multiply_int4(own, other, x, GROUPS, IS_COMPILED)
             pairs_of_scales = scales[step * PAIRS + pair]
             scale, offset = _first(pairs_of_scales), _second(pairs_of_scales) * (1 / 128)
             part = (even_part - even_zero * (136 / 128)) * scale + even_zero * offset
@@ -283,7 +339,7 @@ def _store_rows(
 
 
 @triton.jit
-def _multiply(own, other, x, GROUPS: tl.constexpr, IS_COMPILED: tl.constexpr):
+def _multiply_int4(own, other, x, GROUPS: tl.constexpr, IS_COMPILED: tl.constexpr):
     """Multiply groups of two tiles by 8 rows; each code counts as 128 more than it is.
 
     Returns:
@@ -292,16 +348,16 @@ def _multiply(own, other, x, GROUPS: tl.constexpr, IS_COMPILED: tl.constexpr):
     if IS_COMPILED:
         operands = [own, other, x[0], x[1], x[2], x[3]]
         sums = tl.inline_asm_elementwise(
-            _PTX, _OPERANDS, operands, dtype=tl.float32, is_pure=True, pack=4
+            _INT4_PTX, _INT4_OPERANDS, operands, dtype=tl.float32, is_pure=True, pack=4
         )
     else:
-        both = tl.join(_sum_tile(own, x, GROUPS), _sum_tile(other, x, GROUPS))
+        both = tl.join(_sum_int4(own, x, GROUPS), _sum_int4(other, x, GROUPS))
         sums = tl.permute(tl.reshape(both, (GROUPS, 8, 4, 2, 2)), (0, 1, 2, 4, 3))
     return tl.split(tl.reshape(sums, (GROUPS * 64, 2)))
 
 
 @triton.jit
-def _sum_tile(words, x, GROUPS: tl.constexpr):
+def _sum_int4(words, x, GROUPS: tl.constexpr):
     """Do what the matrix units do: (GROUPS, outputs, rows) of a tile's words."""
     words = tl.reshape(words, (GROUPS, 8, 1, 16))
     sums = tl.zeros((GROUPS, 8, 8, 16), tl.float32)

@@ -118,7 +118,7 @@ def _golden_error(
 
 
 def _decoder_checks(golden: Golden, device: str) -> Iterator[Check]:
-    """Compare prompts and single steps of the decoder, plain and by graphs, with the golden ones."""
+    """Compare prompts and steps of the decoder, plain and by graphs, with the golden ones."""
     from qwen.cuda_graphs import GraphedDecoder, make_step_parts
 
     plain = Decoder(golden.model(device))
