@@ -146,7 +146,7 @@ class GraphedDecoder(Decoder):
         """See `Decoder.read`; the logits of a single token are good until the next call."""
         if len(ids) > 1:
             return super().read(ids, sequence)
-        (logits,) = self.read_many([Piece(ids, sequence)])
+        (logits,) = self.read_many([Piece(ids.tolist(), sequence)])
         assert logits is not None
         return logits
 

@@ -79,11 +79,11 @@ class Piece:
     """The next tokens of one sequence in a call that reads several.
 
     Attributes:
-        ids: (tokens,), int64, on the CPU or the decoder's device.
+        ids: The tokens.
         wants_logits: Whether those after the last token are asked for.
     """
 
-    ids: Tensor
+    ids: Sequence[int]
     sequence: DecoderSequence
     wants_logits: bool = True
 
@@ -211,7 +211,8 @@ class Decoder:
         """
         spans = [_place(len(piece.ids), piece.sequence) for piece in pieces]
         stores = [piece.sequence.store for piece in pieces]
-        hidden = self.forward(torch.cat([piece.ids for piece in pieces]), spans, stores)
+        ids = torch.tensor([token for piece in pieces for token in piece.ids])
+        hidden = self.forward(ids, spans, stores)
         ends = [-1]
         for piece in pieces:
             ends.append(ends[-1] + len(piece.ids))

@@ -8,6 +8,7 @@ Linux. Knows no model and no module.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -19,8 +20,11 @@ from qwen.gpu_products import IS_COMPILED, chain
 
 #: Programs that occupy a large GPU: attention is cut into parts until there are so many.
 _PROGRAMS = 512
-#: Positions that a program of the attention reads at a time, and the fewest of a part.
-_BLOCK, _SMALLEST_PART = 64, 128
+#: Positions that a program of the attention reads at a time: of short and long sequences, which is
+#: from how many positions on, and shared memory that a block of the GPU then needs.
+_BLOCK, _LONG_BLOCK, _LONG, _LONG_BYTES = 64, 128, 2048, 140_000
+#: The fewest positions of a part.
+_SMALLEST_PART = 128
 #: Heads of a token that a program rotates.
 _HEADS_AT_ONCE = 8
 
@@ -54,7 +58,7 @@ def attend_rows(rotation: Rotation, longest: int, scale: float) -> Attend:
     def attend(qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         rows, kv_heads, _, dim = keys.shape
         programs, shared = rows * kv_heads, qkv.shape[1] // dim // kv_heads - 2
-        parts = _parts(programs, longest)
+        parts, block = _parts(programs, longest), _block(qkv.device, longest)
         if not scratch:
             sums = qkv.new_empty(programs, parts, shared, dim, dtype=torch.float32)
             norms = qkv.new_empty(programs, parts, shared, 2, dtype=torch.float32)
@@ -65,7 +69,7 @@ def attend_rows(rotation: Rotation, longest: int, scale: float) -> Attend:
                 qkv.contiguous(), keys, values,
                 rotation.positions, rotation.cos, rotation.sin, rotation.logn,
                 *scratch, out, keys.stride(0), keys.stride(1), scale,
-                triton.cdiv(triton.cdiv(longest, parts), _BLOCK) * _BLOCK,
+                triton.cdiv(triton.cdiv(longest, parts), block) * block,
                 KV_HEADS=kv_heads,
                 SHARED=shared,
                 PADDED=_padded(shared),
@@ -74,7 +78,7 @@ def attend_rows(rotation: Rotation, longest: int, scale: float) -> Attend:
                 ROTARY_DIM=rotation.cos.shape[1],
                 HAS_LOGN=rotation.logn is not None,
                 PARTS=parts,
-                BLOCK=_BLOCK,
+                BLOCK=block,
                 STAGES=2 if values.itemsize == 2 else 1,  # what a processor's memory has room for
                 num_warps=4,
                 **chain(qkv.device),
@@ -167,6 +171,14 @@ def _parts(programs: int, longest: int) -> int:
     while parts * programs < _PROGRAMS and parts * 2 * _SMALLEST_PART <= longest:
         parts *= 2
     return parts
+
+
+def _block(device: torch.device, longest: int) -> int:
+    """Return how many positions a program reads at a time."""
+    if longest < _LONG or not IS_COMPILED:
+        return _BLOCK
+    properties: Any = torch.cuda.get_device_properties(device)
+    return _LONG_BLOCK if properties.shared_memory_per_block_optin > _LONG_BYTES else _BLOCK
 
 
 def _padded(size: int) -> int:

@@ -24,7 +24,7 @@ IS_COMPILED = not triton.knobs.runtime.interpret
 #: many outputs on, of that for several.
 _DENSE_ROW_BLOCK = {"ROWS": 2, "COLUMNS": 2048, "num_warps": 8}
 _DENSE_ROWS_BLOCKS: tuple[tuple[int, dict[str, int]], ...] = (
-    (8192, {"OUTPUTS": 64, "COLUMNS": 128, "STAGES": 5, "num_warps": 4}),
+    (8192, {"OUTPUTS": 64, "COLUMNS": 128, "STAGES": 4, "num_warps": 4}),
     (0, {"OUTPUTS": 32, "COLUMNS": 256, "STAGES": 4, "num_warps": 4}),
 )
 #: Rows that the dense kernels take, and the 4-bit one.

@@ -190,21 +190,14 @@ class DecoderReaders:
     def read(self, readings: Sequence[Reading]) -> list[Tensor | None]:
         """See `Readers`."""
         readers = [_decoder_reader(reading) for reading in readings]
-        ids = [torch.tensor(reading.ids) for reading in readings]
-        logits: list[Tensor | None] = [None]
         if len(readings) == 1:
             readers[0].is_sound = False
-            if readings[0].wants_logits:
-                logits = [self._decoder.read(ids[0], readers[0].sequence)]
-            else:
-                self._decoder.advance(ids[0], readers[0].sequence)
-        else:
-            logits = self._decoder.read_many(
-                [
-                    Piece(own, reader.sequence, reading.wants_logits)
-                    for own, reader, reading in zip(ids, readers, readings, strict=True)
-                ]
-            )
+        logits = self._decoder.read_many(
+            [
+                Piece(reading.ids, reader.sequence, reading.wants_logits)
+                for reader, reading in zip(readers, readings, strict=True)
+            ]
+        )
         for reader, reading in zip(readers, readings, strict=True):
             reader.note(reading.ids)
         return logits

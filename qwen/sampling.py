@@ -125,22 +125,21 @@ def propose_rows(samplers: Sequence[Sampler], logits: Tensor) -> Tensor:
         once.
     """
     params = samplers[0]._params
-    raw = logits.float()
-    scores = raw
+    scores = logits
     if params.repetition_penalty != 1.0:
         seen = [sampler.seen() for sampler in samplers]
-        scores = penalize_seen(raw, _places(seen, raw), params.repetition_penalty)
+        scores = penalize_seen(logits.float(), _places(seen, logits), params.repetition_penalty)
     if params.temperature == 0:
         largest, token = scores.max(1)  # a NaN is the largest
     else:
-        largest, probabilities, ids = _candidates(scores, params)
+        largest, probabilities, ids = _candidates(scores.float(), params)
         uniform = torch.tensor([[sampler.draw()] for sampler in samplers], dtype=torch.float64)
-        uniform = uniform.to(raw.device, non_blocking=True)
+        uniform = uniform.to(logits.device, non_blocking=True)
         token = ids.gather(1, _draw(probabilities, uniform))[:, 0]
     parts = [largest.double()[:, None], token.double()[:, None]]
     if params.top_logprobs is not None:
-        logprobs = raw.double() - raw.double().logsumexp(1, keepdim=True)
-        top = logprobs.topk(min(params.top_logprobs, raw.shape[1]))
+        logprobs = logits.double() - logits.double().logsumexp(1, keepdim=True)
+        top = logprobs.topk(min(params.top_logprobs, logits.shape[1]))
         parts += [logprobs.gather(1, token[:, None]), top.indices.double(), top.values]
     return torch.cat(parts, dim=1)
 

@@ -373,7 +373,8 @@ class Scheduler:
         if not proposals:
             return
         # The one place where a GPU is waited for.
-        values = torch.cat([rows.flatten() for _, rows in proposals]).tolist()
+        flat = [rows.flatten() for _, rows in proposals]
+        values = (torch.cat(flat) if len(flat) > 1 else flat[0]).tolist()
         first = 0
         for group, rows in proposals:
             for running in group:
@@ -390,7 +391,7 @@ class Scheduler:
         all_running = [running for running, _ in group]
         samplers = [running.state.sampler for running in all_running]
         rows, failure = attempt(
-            lambda: propose_rows(samplers, torch.stack([logits for _, logits in group]))
+            lambda: propose_rows(samplers, _stack([logits for _, logits in group]))
         )
         if rows is not None:
             return [(all_running, rows)]
@@ -445,6 +446,11 @@ class Scheduler:
             logger.warning("A sequence that ended could not be kept for reuse")
         if self._readers is not None and self._readers.device.type == "cuda" and not self._running:
             attempt(torch.cuda.empty_cache)  # raises after an error that the GPU does not forget
+
+
+def _stack(rows: Sequence[Tensor]) -> Tensor:
+    """Stack rows; a single one is not copied."""
+    return torch.stack(tuple(rows)) if len(rows) > 1 else rows[0][None]
 
 
 def _end_loop(scheduler: weakref.ref[Scheduler]) -> None:

@@ -33,6 +33,7 @@ class StepInputs:
         self.ids, self.positions = self._both[0], self._both[1]
         # Written on the CPU, from where they cross at once without waiting.
         self._staged = torch.zeros(2, rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._host = self._staged.numpy()
         self._inv_freq = table.inv_freq.repeat(rows, 1)
         self._tables: list[RotaryTable | None] = [None] * rows
         self._scale, self._logn_length = table.scale, table.logn_length
@@ -45,12 +46,12 @@ class StepInputs:
         ids, positions = [0] * len(self._tables), [0] * len(self._tables)
         positions[: len(used)] = [slot.length for slot in used[: len(self._tables)]]
         for row, piece in pieces.items():
-            ids[row] = int(piece.ids)
+            (ids[row],) = piece.ids
             table = piece.sequence.table
             if self._tables[row] is not table:
                 self._tables[row] = table
                 self._inv_freq[row].copy_(table.inv_freq)
-        self._staged.copy_(torch.tensor([ids, positions]))
+        self._host[:] = ids, positions
         self._both.copy_(self._staged, non_blocking=True)
 
     def rotation(self, compute: ComputeRotation) -> Rotation:

@@ -120,7 +120,7 @@ def test_sequences_that_join_and_leave_have_the_logits_they_have_alone(make):
             seen[number] = []
         pieces = [
             Piece(
-                ids[i][sequence.store.length :][: 1 if seen[i] else lengths[i]],
+                ids[i][sequence.store.length :][: 1 if seen[i] else lengths[i]].tolist(),
                 sequence,
                 wants_logits=True,
             )
@@ -170,7 +170,9 @@ def test_failed_step_leaves_every_sequence_as_it_was(make):
         for sequence in sequences:
             decoder.read(prompt(10), sequence)
         decoder._record = fail_to_record
-        pieces = [Piece(prompt(n, 5), s) for n, s in zip([4, 1, 1], sequences, strict=True)]
+        pieces = [
+            Piece(prompt(n, 5).tolist(), s) for n, s in zip([4, 1, 1], sequences, strict=True)
+        ]
         with pytest.raises(RuntimeError, match="no graph"):
             decoder.read_many(pieces)
     assert [sequence.store.length for sequence in sequences] == [10, 10, 10]

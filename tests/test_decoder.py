@@ -151,7 +151,9 @@ def test_int8_layers_in_one_call_are_the_operations_one_by_one_bit_for_bit(
     def logits(decoder):
         sequences = [decoder.start(length) for length in (3, 70, 20)]
         chunks = [prompt(3), prompt(70, seed=1), prompt(20, seed=2)]
-        first = decoder.read_many([Piece(*pair) for pair in zip(chunks, sequences, strict=True)])
+        first = decoder.read_many(
+            [Piece(own.tolist(), s) for own, s in zip(chunks, sequences, strict=True)]
+        )
         again = [decoder.read(torch.tensor([7]), sequence) for sequence in sequences]
         return torch.stack([*first, *again])
 

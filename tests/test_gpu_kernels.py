@@ -237,7 +237,7 @@ def test_steps_by_our_kernels_equal_the_plain_decoders(attention, make):
 
     def read(decoder, ids):
         others = [decoder.start(40), decoder.start(70)]
-        first, second = [Piece(ids[at:][:30], own) for at, own in enumerate(others)]
+        first, second = [Piece(ids[at:][:30].tolist(), own) for at, own in enumerate(others)]
         logits = [rows.clone() for rows in decoder.read_many([first, second])]
         for ids_of_other, sequence in ((ids[30:40], others[0]), (ids[40:52], others[1])):
             logits.append(decoder.read(ids_of_other, sequence).clone())

@@ -45,12 +45,12 @@ class CountingDecoder(Decoder):
         super().__init__(model, **options)
         self.num_read, self.fail = 0, None
 
-    def advance(self, ids, sequence):
+    def read_many(self, pieces):
         if self.fail is not None:
             error, self.fail = self.fail, None
             raise error
-        self.num_read += len(ids)
-        return super().advance(ids, sequence)
+        self.num_read += sum(len(piece.ids) for piece in pieces)
+        return super().read_many(pieces)
 
 
 GREEDY = SamplingParams(temperature=0, repetition_penalty=1, max_new_tokens=8)
@@ -106,14 +106,14 @@ def test_token_that_ends_a_reply_is_read_with_it(build):
 def test_complete_reply_ends_well_if_its_last_token_cannot_be_read(build):
     engine, decoder = build(build_tiny_model())
     expected = reply(engine, range(1, 41))
-    advance = decoder.advance
+    read_many = decoder.read_many
 
-    def fail_at_the_end(ids, sequence):
-        if sequence.store.length == 40 + 7:
+    def fail_at_the_end(pieces):
+        if pieces[0].sequence.store.length == 40 + 7:
             raise torch.OutOfMemoryError("out of memory")
-        return advance(ids, sequence)
+        return read_many(pieces)
 
-    decoder.advance = fail_at_the_end
+    decoder.read_many = fail_at_the_end
     steps = list(engine.submit(range(1, 41), GREEDY, cancel=threading.Event()))
     assert [step.token_id for step in steps[:-1]] == expected
     assert steps[-1].finish_reason == "length"
