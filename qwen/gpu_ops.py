@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from qwen.decoder_ops import TorchOps
 from qwen.gpu_products import (
-    MAX_DENSE_ROWS,
     MAX_INT4_ROWS,
     can_multiply,
     can_multiply_int4,
     gate,
-    multiply_rows,
+    multiply_row,
     multiply_rows_int4,
     rms_norm,
 )
@@ -47,8 +46,8 @@ def _multiply(
     linear: Callable[..., Tensor], x: Tensor, *, add: Tensor | None = None, is_gated: bool = False
 ) -> Tensor | None:
     """Map x by a kernel of ours; None if none of them takes the layer and so many rows."""
-    if type(linear) is nn.Linear and len(x) <= MAX_DENSE_ROWS and can_multiply(linear.weight):
-        return multiply_rows(x, linear.weight, linear.bias, add, is_gated=is_gated)
+    if type(linear) is nn.Linear and len(x) == 1 and can_multiply(linear.weight):
+        return multiply_row(x, linear.weight, linear.bias, add, is_gated=is_gated)
     if isinstance(linear, Int4Linear) and len(x) <= MAX_INT4_ROWS and x.dtype == COMPUTE_DTYPE:
         sizes = {"out_features": linear.out_features, "in_features": linear.in_features}
         if can_multiply_int4(**sizes, group=linear.group):

@@ -1,8 +1,8 @@
 """A step's products on a GPU, and what stands between them, by our Triton kernels.
 
-Up to eight rows times a dense or a 4-bit matrix: decoding spends its time on them, and torch's own
-kernels leave memory's speed on the table there (docs/performance.md). Needs Triton, which comes
-with torch for CUDA on Linux. Knows no model and no module.
+One row times a dense matrix, and up to eight rows times a 4-bit one: decoding spends its time on
+them, and torch's own kernels leave memory's speed on the table there (docs/performance.md). Needs
+Triton, which comes with torch for CUDA on Linux. Knows no model and no module.
 """
 
 from __future__ import annotations
@@ -20,15 +20,8 @@ from qwen.int4_kernels import COMPUTE_DTYPE
 #: Whether kernels are compiled; Triton's interpreter runs them on a CPU, in tests.
 IS_COMPILED = not triton.knobs.runtime.interpret
 
-#: Outputs and inputs that a program reads at a time: of the dense kernel for one row, and, from so
-#: many outputs on, of that for several.
-_DENSE_ROW_BLOCK = {"ROWS": 2, "COLUMNS": 2048, "num_warps": 8}
-_DENSE_ROWS_BLOCKS: tuple[tuple[int, dict[str, int]], ...] = (
-    (8192, {"OUTPUTS": 64, "COLUMNS": 128, "STAGES": 4, "num_warps": 4}),
-    (0, {"OUTPUTS": 32, "COLUMNS": 256, "STAGES": 4, "num_warps": 4}),
-)
-#: Rows that the dense kernels take, and the 4-bit one.
-MAX_DENSE_ROWS, MAX_INT4_ROWS = 16, 8
+#: Outputs and inputs that a program of the dense kernel reads at a time.
+_DENSE_BLOCK = {"ROWS": 2, "COLUMNS": 2048, "num_warps": 8}
 
 #: The packed form's tiles, which the 4-bit kernel knows: outputs, and inputs, a group's.
 _TILE_OUTPUTS, _TILE_INPUTS = 8, 128
@@ -41,6 +34,9 @@ _INT4_BLOCKS: tuple[tuple[int, int, dict[str, int]], ...] = (
     (16384, 0, {"PAIRS": 1, "GROUPS": 8, "maxnreg": 128}),
     (32768, 0, {"PAIRS": 1, "GROUPS": 16, "maxnreg": 128}),
 )
+#: Rows that the 4-bit kernel takes.
+MAX_INT4_ROWS = 8
+
 #: Gates that a program computes.
 _GATES_AT_ONCE = 1024
 
@@ -70,12 +66,11 @@ def gate(x: Tensor) -> Tensor:
 
 
 def can_multiply(weight: Tensor) -> bool:
-    """Tell whether `multiply_rows` takes a matrix, (outputs, inputs)."""
-    widest = max(block["OUTPUTS"] for _, block in _DENSE_ROWS_BLOCKS)
-    return weight.is_contiguous() and len(weight) % widest == 0
+    """Tell whether `multiply_row` takes a matrix, (outputs, inputs)."""
+    return weight.is_contiguous() and len(weight) % (2 * _DENSE_BLOCK["ROWS"]) == 0
 
 
-def multiply_rows(
+def multiply_row(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -86,34 +81,27 @@ def multiply_rows(
     """Compute x @ weight.T + bias + add, or silu(gates) * others.
 
     Args:
-        x: (rows, inputs), up to `MAX_DENSE_ROWS`, of any floating dtype, as all the others.
+        x: (1, inputs), of any floating dtype, as all the others.
         weight: (outputs, inputs) that `can_multiply`.
         bias: (outputs,).
-        add: (rows, outputs).
+        add: (1, outputs).
         is_gated: The first half of the outputs are gates of the second; without bias and add.
 
     Returns:
-        (rows, outputs), or (rows, outputs / 2).
+        (1, outputs), or (1, outputs / 2).
     """
-    (rows, inputs), outputs = x.shape, len(weight)
-    out = x.new_empty(rows, outputs // 2 if is_gated else outputs)
-    arguments = x.contiguous(), weight, bias, add, out
-    kinds = {"HAS_BIAS": bias is not None, "HAS_ADD": add is not None, "IS_GATED": is_gated}
+    outputs, inputs = weight.shape
+    out = x.new_empty(1, outputs // 2 if is_gated else outputs)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        if rows == 1:
-            block = _DENSE_ROW_BLOCK
-            triton_products.dense_row[(outputs // block["ROWS"],)](
-                *arguments, inputs,
-                STEPS=triton.cdiv(inputs, block["COLUMNS"]), **kinds, **block, **chain(x.device),
-            )  # fmt: skip
-        else:
-            assert rows <= MAX_DENSE_ROWS
-            block = next(own for least, own in _DENSE_ROWS_BLOCKS if outputs >= least)
-            triton_products.dense_rows[(outputs // block["OUTPUTS"],)](
-                *arguments, rows, inputs, outputs,
-                ROWS=max(16, int(triton.next_power_of_2(rows))),
-                **kinds, **block, **chain(x.device),
-            )  # fmt: skip
+        triton_products.dense_row[(outputs // _DENSE_BLOCK["ROWS"],)](
+            x.contiguous(), weight, bias, add, out, inputs,
+            HAS_BIAS=bias is not None,
+            HAS_ADD=add is not None,
+            IS_GATED=is_gated,
+            STEPS=triton.cdiv(inputs, _DENSE_BLOCK["COLUMNS"]),
+            **_DENSE_BLOCK,
+            **chain(x.device),
+        )  # fmt: skip
     return out
 
 
@@ -140,7 +128,7 @@ def multiply_rows_int4(
         scales: See `qwen.int4_kernels.multiply`.
         bias: (outputs,).
         add: (rows, outputs).
-        is_gated: See `multiply_rows`.
+        is_gated: See `multiply_row`.
 
     Returns:
         (rows, outputs) or (rows, outputs / 2), bfloat16.

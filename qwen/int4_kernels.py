@@ -46,17 +46,18 @@ def kernel_group(*, out_features: int, in_features: int, group_size: int) -> int
     return next((g for g in _GROUPS if in_features % g == 0 and whole % g == 0), None)
 
 
-def pack(codes: Tensor) -> Tensor:
+def pack(codes: Tensor, *, group: int) -> Tensor:
     """Pack codes for the device that they are on.
 
     Args:
         codes: (out, in) uint8, 0 to 15; sizes that `kernel_group` accepts.
+        group: See `kernel_group`.
     """
     aten = torch.ops.aten
     if codes.device.type == "cpu":
         packed: Tensor = aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
         return packed
-    codes = order_for_gpu(codes)
+    codes = order_for_gpu(codes, group=group)
     pairs = (codes[:, ::2] << 4) | codes[:, 1::2]
     packed = aten._convert_weight_to_int4pack(pairs.contiguous(), _inner_tiles(codes.shape[1]))
     return packed
@@ -78,20 +79,22 @@ def multiply(inputs: Tensor, packed: Tensor, scales: Tensor, *, group: int) -> T
     if packed.device.type == "cpu":
         result: Tensor = aten._weight_int4pack_mm_for_cpu(inputs, packed, group, scales)
         return result
-    result = aten._weight_int4pack_mm(order_for_gpu(inputs), packed, group, scales)
+    result = aten._weight_int4pack_mm(order_for_gpu(inputs, group=group), packed, group, scales)
     return result
 
 
-def order_for_gpu(rows: Tensor) -> Tensor:
+def order_for_gpu(rows: Tensor, *, group: int) -> Tensor:
     """Return rows with their inputs in the order of a GPU's packed form; done twice, as before.
 
     torch gives a lane of the GPU 16 pairs of inputs out of 64; here those that follow each other,
-    which our kernel reads at once (`qwen.triton_products.int4_rows`). Other sizes stay as they are.
+    which our kernel reads at once (`qwen.triton_products.int4_rows`). It knows groups of 128;
+    others stay as they are.
 
     Args:
         rows: (rows, in).
+        group: See `kernel_group`.
     """
-    if rows.shape[1] % 128:
+    if group != _GROUPS[0]:
         return rows
     words, nibbles, lanes, pair = 4, 4, 4, 2
     groups = rows.view(len(rows), -1, words, nibbles, lanes, pair)
@@ -103,19 +106,20 @@ def outputs_of_a_row(device: torch.device) -> int:
     return 1 if device.type == "cpu" else _GPU_ROWS
 
 
-def can_unpack(device: torch.device, in_features: int) -> bool:
+def can_unpack(device: torch.device, in_features: int, *, group: int) -> bool:
     """Tell whether the packed form of a device is understood."""
     if device.type == "cpu":
         return _cpu_block() is not None
-    return _gpu_order(device, _inner_tiles(in_features)) is not None
+    return _gpu_order(device, _inner_tiles(in_features), group) is not None
 
 
-def unpack(packed: Tensor, *, in_features: int) -> Tensor:
+def unpack(packed: Tensor, *, in_features: int, group: int) -> Tensor:
     """Return the codes in a packed form, the inverse of `pack` up to the order of dimensions.
 
     Args:
         packed: Of a device of which `can_unpack` is true.
         in_features: Of the layer.
+        group: See `kernel_group`.
 
     Returns:
         (in, out) uint8.
@@ -125,7 +129,7 @@ def unpack(packed: Tensor, *, in_features: int) -> Tensor:
         assert block is not None
         return _unpack_cpu(packed, block, in_features)
     inner = _inner_tiles(in_features)
-    order = _gpu_order(packed.device, inner)
+    order = _gpu_order(packed.device, inner, group)
     assert order is not None
     return _unpack_gpu(packed, order, inner)
 
@@ -148,7 +152,7 @@ def _unpack_cpu(packed: Tensor, block: int, in_features: int) -> Tensor:
 def _cpu_block() -> int | None:
     """Find the block of this CPU's packed form; None if it is none that is known."""
     codes = _probe(rows=_CPU_BLOCKS[0] + 16, columns=32, device=torch.device("cpu"))
-    packed = pack(codes)
+    packed = pack(codes, group=_GROUPS[-1])
     for block in _CPU_BLOCKS:
         if torch.equal(_unpack_cpu(packed, block, codes.shape[1]), codes.t()):
             return block
@@ -175,7 +179,7 @@ def _nibbles(packed: Tensor, tile: int) -> Tensor:
 
 
 @functools.cache
-def _gpu_order(device: torch.device, inner: int) -> Tensor | None:
+def _gpu_order(device: torch.device, inner: int, group: int) -> Tensor | None:
     """Find where each code of a tile is stored; None if tiles are not what they were."""
     columns = inner * _GPU_COLUMNS
     size = _GPU_ROWS * columns
@@ -183,10 +187,10 @@ def _gpu_order(device: torch.device, inner: int) -> Tensor | None:
     stored = torch.zeros(size, dtype=torch.long, device=device)
     for shift in (0, 4, 8):  # the number of a code, four bits at a time
         digits = ((index >> shift) & 0xF).to(torch.uint8)
-        stored |= _nibbles(pack(digits), size)[0].long() << shift
+        stored |= _nibbles(pack(digits, group=group), size)[0].long() << shift
     order = stored.argsort()
     codes = _probe(rows=2 * _GPU_ROWS, columns=3 * columns, device=device)
-    is_known = torch.equal(_unpack_gpu(pack(codes), order, inner), codes.t())
+    is_known = torch.equal(_unpack_gpu(pack(codes, group=group), order, inner), codes.t())
     return order if is_known else None
 
 

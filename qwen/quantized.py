@@ -74,7 +74,8 @@ class Int4Linear(nn.Module):
         exact = scales.float()[rows]
         offsets = (MIDDLE - zeros.float()[rows]) * exact
         pairs = torch.stack((exact, offsets), dim=-1).to(COMPUTE_DTYPE).contiguous()
-        self.register_buffer("packed", int4_kernels.pack(codes.t().contiguous()), persistent=False)
+        packed = int4_kernels.pack(codes.t().contiguous(), group=group)
+        self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scales", pairs, persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
@@ -166,7 +167,7 @@ class Int4Linear(nn.Module):
         return rows > limit and self._can_unpack()
 
     def _can_unpack(self) -> bool:
-        return int4_kernels.can_unpack(self.packed.device, self.in_features)
+        return int4_kernels.can_unpack(self.packed.device, self.in_features, group=self.group)
 
     def _few(self, rows: Tensor) -> Tensor:
         if not len(rows):
@@ -187,7 +188,7 @@ class Int4Linear(nn.Module):
             return self._few(rows)[:, start:stop].to(dtype)
         tile = int4_kernels.outputs_of_a_row(self.packed.device)
         packed = self.packed[start // tile : None if stop is None else stop // tile]
-        codes = int4_kernels.unpack(packed, in_features=self.in_features)
+        codes = int4_kernels.unpack(packed, in_features=self.in_features, group=self.group)
         scale, offset = self.scales[:, None, start:stop].to(dtype).unbind(-1)
         groups = codes.view(-1, self.group, codes.shape[1]).to(dtype)
         return groups.sub_(MIDDLE).mul_(scale).add_(offset).flatten(0, 1)
@@ -210,13 +211,15 @@ class Int4Linear(nn.Module):
         _check_device(device)
         if device.type == packed.device.type:
             return packed.to(device)
-        if not int4_kernels.can_unpack(packed.device, self.in_features):
+        if not int4_kernels.can_unpack(packed.device, self.in_features, group=self.group):
             raise CheckpointUnsupported(
                 f"Int4 weights cannot be moved from {packed.device} to {device} on this machine. "
                 "Load the checkpoint on the device where it will run."
             )
-        codes = int4_kernels.unpack(packed, in_features=self.in_features).to(device)
-        return int4_kernels.pack(codes.t().contiguous())
+        codes = int4_kernels.unpack(packed, in_features=self.in_features, group=self.group).to(
+            device
+        )
+        return int4_kernels.pack(codes.t().contiguous(), group=self.group)
 
 
 def _check_device(device: torch.device) -> None:

@@ -112,62 +112,6 @@ def dense_row(
         tl.store(out_ptr + outputs, result.to(out_ptr.dtype.element_ty))
 
 
-@triton.jit
-def dense_rows(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    add_ptr,
-    out_ptr,
-    rows,
-    inputs,
-    outputs,
-    HAS_BIAS: tl.constexpr,
-    HAS_ADD: tl.constexpr,
-    IS_GATED: tl.constexpr,
-    CHAINED: tl.constexpr,
-    ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Compute `OUTPUTS` outputs of several rows as `dense_row`, or half as many that are gated.
-
-    Shapes: x (rows, inputs), weight (outputs, inputs), bias (outputs,), add and out
-    (rows, outputs). `ROWS` is a power of two from 16 on, at least `rows`.
-    """
-    if CHAINED:
-        gdc_launch_dependents()
-        gdc_wait()
-    own = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    weight_rows = own
-    if IS_GATED:
-        weight_rows = own // 2 + own % 2 * (outputs // 2)
-    row, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    x_places = x_ptr + row[:, None] * inputs + columns[None, :]
-    weight_places = weight_ptr + weight_rows[None, :].to(tl.int64) * inputs + columns[:, None]
-    result = tl.zeros((ROWS, OUTPUTS), tl.float32)
-    for start in tl.range(0, inputs, COLUMNS, num_stages=STAGES):
-        is_inside = columns < inputs - start
-        is_x = (row < rows)[:, None] & is_inside[None, :]
-        x = tl.load(x_places + start, mask=is_x, other=0.0)
-        weight = tl.load(weight_places + start, mask=is_inside[:, None], other=0.0)
-        result = tl.dot(x, weight, result, input_precision="ieee")
-    is_row = (row < rows)[:, None]
-    if IS_GATED:
-        gates, others = tl.split(tl.reshape(result, (ROWS, OUTPUTS // 2, 2)))
-        own = tl.program_id(0) * (OUTPUTS // 2) + tl.arange(0, OUTPUTS // 2)
-        places = out_ptr + row[:, None] * (outputs // 2) + own[None, :]
-        tl.store(places, _gated(gates, others, out_ptr.dtype.element_ty), mask=is_row)
-    else:
-        places = row[:, None] * outputs + own[None, :]
-        if HAS_BIAS:
-            result += tl.load(bias_ptr + own).to(tl.float32)[None, :]
-        if HAS_ADD:
-            result += tl.load(add_ptr + places, mask=is_row, other=0.0).to(tl.float32)
-        tl.store(out_ptr + places, result.to(out_ptr.dtype.element_ty), mask=is_row)
-
-
 def _ptx_of_int4() -> str:
     """Write PTX for a warp: 16 outputs of 128 inputs, of two tiles, times 8 rows.
 

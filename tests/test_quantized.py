@@ -199,7 +199,7 @@ def test_gpu_layer_computes_what_the_dense_weight_would(inputs, outputs, group_s
 @pytest.mark.parametrize(("inputs", "outputs", "group_size"), SIZES)
 def test_gpu_form_is_understood_and_unpacks(inputs, outputs, group_size):
     layer, weight, _ = build(inputs, outputs, group_size=group_size, device="cuda")
-    assert int4_kernels.can_unpack(layer.packed.device, inputs)
+    assert int4_kernels.can_unpack(layer.packed.device, inputs, group=layer.group)
     assert (layer.dequantized_weight() - weight).abs().max() <= ROUNDING * weight.abs().max()
 
 
