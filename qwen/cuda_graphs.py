@@ -90,6 +90,8 @@ class GraphedDecoder(Decoder):
             run; None computes with torch's.
     """
 
+    reads_ahead = True
+
     def __init__(
         self,
         model: Any,
@@ -168,6 +170,11 @@ class GraphedDecoder(Decoder):
             raise
         return [logits[i] if piece.wants_logits else None for i, piece in enumerate(pieces)]
 
+    def read_ahead(self, sequences: Sequence[DecoderSequence], tokens: Tensor) -> list[Tensor]:
+        """See `Decoder.read_ahead`."""
+        logits = self._step([Piece([], sequence) for sequence in sequences], tokens)
+        return list(torch.stack(logits))  # apart from the graph's, which others may use meanwhile
+
     def forward(self, ids: Tensor, spans: Sequence[Span], stores: Sequence[KvStore]) -> Tensor:
         """See `Decoder.forward`; all prompts attend at once as soon as there is what does it.
 
@@ -209,11 +216,16 @@ class GraphedDecoder(Decoder):
             )
         if self._compiled:
             self._step_parts = self._compiled.popleft()
-            self._graphs.clear()
+            self._drop_graphs()
         return self._slots.take(capacity)
 
-    def _step(self, pieces: Sequence[Piece]) -> list[Tensor]:
-        """Read one token of each sequence by a graph; returns their logits, in order."""
+    def _step(self, pieces: Sequence[Piece], tokens: Tensor | None = None) -> list[Tensor]:
+        """Read one token of each sequence by a graph; returns their logits, in order.
+
+        Args:
+            pieces: Of one token each, or of none if they are on the device.
+            tokens: See `read_ahead`.
+        """
         slots = self._slots
         assert slots is not None
         for slot in slots.used:  # also where nothing is read, see `StepInputs.write`
@@ -227,7 +239,7 @@ class GraphedDecoder(Decoder):
         if rows not in self._inputs:
             self._inputs[rows] = StepInputs(rows, pieces[0].sequence.table)
         inputs = self._inputs[rows]
-        inputs.write(dict(zip(own, pieces, strict=True)), slots.used)
+        inputs.write(dict(zip(own, pieces, strict=True)), slots.used, tokens)
         furthest = max(piece.sequence.store.length for piece in pieces)
         replay, logits = self._graph(inputs, rows, furthest)
         replay()
@@ -246,7 +258,7 @@ class GraphedDecoder(Decoder):
         assert slots is not None
         memory = slots.place, slots.data.shape
         if memory != self._recorded_for:
-            self._graphs.clear()
+            self._drop_graphs()
             self._recorded_for = memory
         bucket = _FIRST_BUCKET
         while bucket <= position:
@@ -257,6 +269,12 @@ class GraphedDecoder(Decoder):
                 lambda: self._read_rows(slots, inputs, bucket)
             )
         return self._graphs[rows, bucket]
+
+    def _drop_graphs(self) -> None:
+        """Let go of all graphs, once none of them runs."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._graphs.clear()
 
     def _read_rows(self, slots: KvSlots, inputs: StepInputs, bucket: int) -> Tensor:
         """Compute a step: (rows, vocab_size), from what lies in `inputs`."""

@@ -105,11 +105,16 @@ def finish(
 class Decoder:
     """The forward of one model. Not for several threads at once.
 
+    Attributes:
+        reads_ahead: Whether `read_ahead` does not wait for the device.
+
     Args:
         model: A loaded model that `check_model` passes. Changed: projections of the same input
             are joined in memory, and with `kernels` all linear layers become `Int8Linear`.
         kernels: Compute with these on the CPU; None computes with torch in the model's dtype.
     """
+
+    reads_ahead = False
 
     def __init__(self, model: Any, *, kernels: CpuKernels | None = None) -> None:
         self._weights = collect_weights(model, kernels=kernels)
@@ -225,6 +230,20 @@ class Decoder:
         for store, span in zip(stores, spans, strict=True):
             store.length = span.length
         return logits
+
+    def read_ahead(self, sequences: Sequence[DecoderSequence], tokens: Tensor) -> list[Tensor]:
+        """Read one token of each of several sequences, which the device knows first.
+
+        Args:
+            sequences: That all differ; changed as by `read_many`.
+            tokens: (sequences,), int64, on the decoder's device.
+
+        Returns:
+            For each its logits, (vocab_size,).
+        """
+        pieces = zip(tokens.tolist(), sequences, strict=True)
+        logits = self.read_many([Piece([token], sequence) for token, sequence in pieces])
+        return [row for row in logits if row is not None]
 
     def advance(self, ids: Tensor, sequence: DecoderSequence) -> Tensor:
         """Read as `read`; return the hidden states (tokens, hidden_size) that `logits` takes."""

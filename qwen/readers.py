@@ -25,6 +25,10 @@ class SequenceReader(Protocol):
         """Tokens that were read."""
         ...
 
+    def note(self, ids: Sequence[int]) -> None:
+        """Take note of tokens that were read; of what was read ahead, once they are known."""
+        ...
+
     def close(self, *, keep: bool) -> None:
         """Let go of the sequence's memory, or keep it for a later prompt where that may be."""
         ...
@@ -39,6 +43,10 @@ class Reading:
     wants_logits: bool = True
 
 
+#: See `Readers`.
+ReadAhead = Callable[[Sequence[SequenceReader], Tensor], list[Tensor]]
+
+
 class Readers(Protocol):
     """Begins and reads sequences on one model. Used on one thread, in `torch.inference_mode`.
 
@@ -49,6 +57,9 @@ class Readers(Protocol):
         can_batch: Whether several sequences can be read at once.
         keeps_replies: Whether a later prompt need not read a reply again.
         position_bytes: What a token of context takes; 0 is unknown.
+        read_ahead: Reads one token of each of several sequences, which only the device knows yet,
+            (sequences,), int64; returns their logits. Each reader is to `note` its token before
+            anything else is done with it. None where the host knows tokens first.
     """
 
     device: torch.device
@@ -56,6 +67,7 @@ class Readers(Protocol):
     can_batch: bool
     keeps_replies: bool
     position_bytes: int
+    read_ahead: ReadAhead | None
 
     def start(self, ids: Sequence[int], *, chunk: int, expected: int) -> SequenceReader:
         """Begin a sequence; some of the prompt may have been read (`num_read`), never all of it.
@@ -100,6 +112,7 @@ class TransformersReaders:
         self._model, self._new_cache = model, new_cache
         self.device = input_device(model)
         self.is_exact = self.can_batch = self.keeps_replies = False
+        self.read_ahead: ReadAhead | None = None
         self.position_bytes = self.kept_bytes = 0
 
     def start(self, ids: Sequence[int], *, chunk: int, expected: int) -> SequenceReader:
@@ -121,7 +134,7 @@ class TransformersReaders:
             logits_to_keep=1,
             **reader.options,
         )
-        reader.num_read += len(reading.ids)
+        reader.note(reading.ids)
         return [output.logits[0, -1] if reading.wants_logits else None]
 
     def shrink(self, max_bytes: int) -> None:
@@ -131,6 +144,9 @@ class TransformersReaders:
 class _TransformersReader:
     def __init__(self, cache: Any, options: dict[str, Any]) -> None:
         self.cache, self.options, self.num_read = cache, options, 0
+
+    def note(self, ids: Sequence[int]) -> None:
+        self.num_read += len(ids)
 
     def close(self, *, keep: bool) -> None:
         self.cache = None
@@ -155,6 +171,7 @@ class DecoderReaders:
         self.device, self.is_exact = decoder.device, decoder.is_exact
         self.can_batch, self.position_bytes = True, decoder.position_bytes
         self.keeps_replies = self.is_exact and prefix_bytes > 0
+        self.read_ahead: ReadAhead | None = self._read_ahead if decoder.reads_ahead else None
 
     @property
     def kept_bytes(self) -> int:
@@ -189,7 +206,7 @@ class DecoderReaders:
 
     def read(self, readings: Sequence[Reading]) -> list[Tensor | None]:
         """See `Readers`."""
-        readers = [_decoder_reader(reading) for reading in readings]
+        readers = [_decoder_reader(reading.reader) for reading in readings]
         if len(readings) == 1:
             readers[0].is_sound = False
         logits = self._decoder.read_many(
@@ -201,6 +218,9 @@ class DecoderReaders:
         for reader, reading in zip(readers, readings, strict=True):
             reader.note(reading.ids)
         return logits
+
+    def _read_ahead(self, readers: Sequence[SequenceReader], tokens: Tensor) -> list[Tensor]:
+        return self._decoder.read_ahead([_decoder_reader(r).sequence for r in readers], tokens)
 
     def shrink(self, max_bytes: int) -> None:
         """See `Readers`."""
@@ -239,7 +259,7 @@ class _DecoderReader:
         return self._state.sequence
 
     def note(self, ids: Sequence[int]) -> None:
-        """Take note of tokens that were read."""
+        """See `SequenceReader`."""
         assert self._state is not None
         if self._state.num_aligned == len(self._ids) and len(ids) == self._chunk:
             self._state.num_aligned += len(ids)
@@ -258,6 +278,6 @@ class _DecoderReader:
         self._kept.put(KeptSequence(tuple(self._ids), sequence.alpha, sequence.store.nbytes, state))
 
 
-def _decoder_reader(reading: Reading) -> _DecoderReader:
-    assert isinstance(reading.reader, _DecoderReader)
-    return reading.reader
+def _decoder_reader(reader: SequenceReader) -> _DecoderReader:
+    assert isinstance(reader, _DecoderReader)
+    return reader

@@ -31,6 +31,7 @@ from qwen.errors import (
     TooManyRequests,
 )
 from qwen.messages import FinishReason, QueuePlace
+from qwen.proposals import Proposals
 from qwen.readers import Readers
 from qwen.reply_steps import EngineStep, Request
 from qwen.sampling import propose_rows
@@ -96,6 +97,7 @@ class Scheduler:
         self._starting: list[Request] = []  # neither waits nor runs yet
         self._running: list[Running] = []
         self._undelivered: list[tuple[Request, EngineStep | QwenError]] = []
+        self._ahead: list[tuple[Running, Tensor]] = []  # whose latest token the device has read
         self._thread: threading.Thread | None = None
         self._is_closed = False
         self._pace = Pace()
@@ -197,7 +199,7 @@ class Scheduler:
             attempt(partial(each.state.close, keep=False))
             if each.ending is not None:
                 each.request.put(EngineStep(finish_reason=each.ending))
-        self._starting, self._running, self._thread = [], [], None
+        self._starting, self._running, self._ahead, self._thread = [], [], [], None
         for request in running:
             request.put(
                 BackendFailed(
@@ -219,7 +221,9 @@ class Scheduler:
         for running in [r for r in self._running if self._is_over(r.request)]:
             self._end(running, running.ending or "cancelled")
         self._admit(readers)
-        began, num_tokens = time.monotonic(), 0
+        began, num_tokens = time.monotonic(), len(self._ahead)
+        ahead, self._ahead = self._ahead, []
+        self._choose([pair for pair in ahead if pair[0] in self._running], readers)
         for group in self._plan(readers):
             num_tokens += sum(size for _, size in group)
             if any(size > 1 for _, size in group):
@@ -227,7 +231,8 @@ class Scheduler:
             read = self._read(readers, group)
             self._deliver()  # a GPU reads meanwhile
             self._choose(read, readers)
-        if not (readers.can_batch and readers.device.type == "cuda" and self._running):
+        is_reading = readers.can_batch and readers.device.type == "cuda" and self._running
+        if self._ahead or not is_reading:
             self._deliver()
         if num_tokens:
             self._pace.note_step(num_tokens, time.monotonic() - began)
@@ -373,16 +378,40 @@ class Scheduler:
         if not proposals:
             return
         # The one place where a GPU is waited for.
-        flat = [rows.flatten() for _, rows in proposals]
-        values = (torch.cat(flat) if len(flat) > 1 else flat[0]).tolist()
-        first = 0
-        for group, rows in proposals:
-            for running in group:
-                own = values[first : first + rows.shape[1]]
-                first += rows.shape[1]
-                _, failure = attempt(partial(self._accept, running, own, readers))
-                if failure is not None:
-                    self._fail(running, failure)
+        chosen = Proposals(proposals)
+        ahead = self._read_ahead(chosen, readers)
+        for running, values in chosen:
+            is_ahead = running in ahead
+            _, failure = attempt(partial(self._accept, running, values, readers, is_ahead))
+            if failure is not None:
+                self._fail(running, failure)
+            elif is_ahead and running in self._running and not running.state.num_unread:
+                self._ahead.append((running, ahead[running]))
+
+    def _read_ahead(self, chosen: Proposals[Running], readers: Readers) -> dict[Running, Tensor]:
+        """Have a GPU read what was chosen before the host knows it; returns the logits.
+
+        Not what will be the last token of its reply, and nothing if that fails: it is then read in
+        the next step.
+        """
+        read_ahead = readers.read_ahead
+        if self._reads_alone or read_ahead is None:
+            return {}
+        going_on = [
+            place
+            for place, running in enumerate(chosen.owners)
+            if running.request.num_tokens + 1 < running.request.max_tokens
+        ]
+        if not going_on:
+            return {}
+        tokens = chosen.tokens()
+        if len(going_on) < len(chosen.owners):
+            tokens = tokens[going_on]
+        owners = [chosen.owners[place] for place in going_on]
+        logits, _ = attempt(
+            lambda: read_ahead([running.state.reader for running in owners], tokens)
+        )
+        return {} if logits is None else dict(zip(owners, logits, strict=True))
 
     def _propose(
         self, group: Sequence[tuple[Running, Tensor]]
@@ -401,8 +430,12 @@ class Scheduler:
         self._fail(all_running[0], failure)
         return []
 
-    def _accept(self, running: Running, values: Sequence[float], readers: Readers) -> None:
+    def _accept(
+        self, running: Running, values: Sequence[float], readers: Readers, is_ahead: bool
+    ) -> None:
         request, choice = running.request, running.state.sampler.accept(values)
+        if is_ahead:
+            running.state.reader.note([choice.token_id])
         if choice.token_id in self._terms.eos:
             self._finish(running, "stop", choice.token_id, readers)
             return

@@ -84,6 +84,12 @@ class SequenceState:
         wants_logits = not is_last and first + len(ids) == len(self._ids)
         return Reading(self._reader, ids, wants_logits=wants_logits)
 
+    @property
+    def reader(self) -> SequenceReader:
+        """What reads it."""
+        assert self._reader is not None
+        return self._reader
+
     def append(self, token_id: int, readers: Readers) -> None:
         """Take a token into the sequence, as the one to be read next."""
         self._ids.append(token_id)

@@ -29,30 +29,45 @@ class StepInputs:
 
     def __init__(self, rows: int, table: RotaryTable) -> None:
         device = table.inv_freq.device
-        self._both = torch.zeros(2, rows, dtype=torch.int64, device=device)
-        self.ids, self.positions = self._both[0], self._both[1]
-        # Written on the CPU, from where they cross at once without waiting.
-        self._staged = torch.zeros(2, rows, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._host = self._staged.numpy()
+        self._all = torch.zeros(3, rows, dtype=torch.int64, device=device)
+        self.ids, self.positions, self._places = self._all
+        # Written on the CPU, from where they cross at once without waiting; the next step's are
+        # written while these may still cross.
+        is_pinned = device.type == "cuda"
+        self._staged = [
+            torch.zeros(3, rows, dtype=torch.int64, pin_memory=is_pinned) for _ in range(2)
+        ]
         self._inv_freq = table.inv_freq.repeat(rows, 1)
         self._tables: list[RotaryTable | None] = [None] * rows
         self._scale, self._logn_length = table.scale, table.logn_length
 
-    def write(self, pieces: Mapping[int, Piece], used: Sequence[KvSlot]) -> None:
+    def write(
+        self, pieces: Mapping[int, Piece], used: Sequence[KvSlot], tokens: Tensor | None
+    ) -> None:
         """Write the next step's.
 
         A row without a token writes to the next free position of its slot, where it does no harm.
+
+        Args:
+            pieces: By their rows; without ids if the tokens are on the device.
+            used: All slots.
+            tokens: (pieces,), int64, in the order of the pieces; None takes their ids.
         """
-        ids, positions = [0] * len(self._tables), [0] * len(self._tables)
+        ids, positions, places = ([0] * len(self._tables) for _ in range(3))
         positions[: len(used)] = [slot.length for slot in used[: len(self._tables)]]
-        for row, piece in pieces.items():
-            (ids[row],) = piece.ids
+        for place, (row, piece) in enumerate(pieces.items()):
+            if tokens is None:
+                (ids[row],) = piece.ids
+            places[row] = place
             table = piece.sequence.table
             if self._tables[row] is not table:
                 self._tables[row] = table
                 self._inv_freq[row].copy_(table.inv_freq)
-        self._host[:] = ids, positions
-        self._both.copy_(self._staged, non_blocking=True)
+        self._staged.reverse()
+        self._staged[0].numpy()[:] = ids, positions, places
+        self._all.copy_(self._staged[0], non_blocking=True)
+        if tokens is not None:
+            torch.index_select(tokens, 0, self._places, out=self.ids)
 
     def rotation(self, compute: ComputeRotation) -> Rotation:
         """Compute how the tokens are rotated."""

@@ -14,6 +14,7 @@ from qwen.cuda_graphs import GraphedDecoder, StepParts, make_step_parts
 from qwen.decoder import Decoder, Piece
 from qwen.decoder_ops import TorchOps
 from qwen.engine import Engine
+from qwen.errors import BackendFailed
 from qwen.messages import SamplingParams
 
 MODELS = {"qwen2": build_tiny_model, "qwen1": golden_v1.load_tiny}
@@ -158,6 +159,103 @@ def test_users_of_an_engine_with_graphs_get_the_replies_they_get_alone(make):
     for _ in range(2):  # the second time from kept sequences
         assert [tokens(s) for s in [submit(engine, n) for n in range(5)]] == alone
     assert max(rows for rows, _ in decoder._graphs) >= 4
+    wait_until(lambda: engine.load == (0, 0))
+    assert not decoder._slots.used
+
+
+def sampled_replies(make, decoder, *, eos, users=6):
+    """Let users ask at once, with samplers and ends of their own; return tokens and reasons."""
+    engine = Engine(make(), eos_token_ids=eos, context_length=250, decoder=decoder)
+
+    def submit(number):
+        params = SamplingParams(
+            temperature=[0, 0.8, 1.3][number % 3],
+            top_k=40,
+            repetition_penalty=[1.0, 1.2][number % 2],
+            seed=number,
+            max_new_tokens=5 + 9 * number,
+        )
+        return engine.submit(
+            prompt(1 + 25 * number, number).tolist(), params, cancel=threading.Event()
+        )
+
+    replies = []
+    for _ in range(2):  # the second time some of the prompts are kept
+        replies += [
+            [(step.token_id, step.finish_reason) for step in steps]
+            for steps in [submit(number) for number in range(users)]
+        ]
+    wait_until(lambda: engine.load == (0, 0))
+    return replies
+
+
+class AheadDecoder(GraphedDecoder):
+    """Counts what it reads before the host knows it, and can be told to fail there."""
+
+    def __init__(self, model, **options):
+        super().__init__(model, record=Repeat(), **options)
+        self.num_ahead, self.fault = 0, None
+
+    def read_ahead(self, sequences, tokens):
+        self.num_ahead += len(sequences)
+        if self.fault is not None:
+            return self.fault(super().read_ahead, sequences, tokens)
+        return super().read_ahead(sequences, tokens)
+
+
+def test_tokens_read_before_the_host_knows_them_change_no_reply(make):
+    plain = AheadDecoder(make())
+    plain.reads_ahead = False
+    first = sampled_replies(make, plain, eos=())
+    assert plain.num_ahead == 0
+    eos = {first[3][4][0], first[5][20][0]}  # ends some replies early
+    expected = sampled_replies(make, plain, eos=eos)
+    assert {reply[-1][1] for reply in expected} == {"stop", "length"}
+    decoder = AheadDecoder(make())
+    assert sampled_replies(make, decoder, eos=eos) == expected
+    num_tokens = sum(len(reply) - 1 for reply in expected)
+    assert decoder.num_ahead > 0.7 * num_tokens
+    assert not decoder._slots.used
+
+
+def test_reply_goes_on_where_its_token_cannot_be_read_ahead(make):
+    def fail(read_ahead, sequences, tokens):
+        if decoder.num_ahead % 3 == 0:
+            raise torch.OutOfMemoryError("out of memory")
+        return read_ahead(sequences, tokens)
+
+    expected = sampled_replies(make, AheadDecoder(make()), eos=())
+    decoder = AheadDecoder(make())
+    decoder.fault = fail
+    assert sampled_replies(make, decoder, eos=()) == expected
+
+
+def test_numbers_that_are_none_ahead_end_one_reply_only(make):
+    def poison(read_ahead, sequences, tokens):
+        logits = read_ahead(sequences, tokens)
+        if len(logits) == 2:
+            logits[1].fill_(torch.nan)
+        return logits
+
+    decoder = AheadDecoder(make())
+    engine = Engine(make(), eos_token_ids=(), context_length=250, decoder=decoder)
+    params = SamplingParams(temperature=0, max_new_tokens=40)
+    cancel, prompts = threading.Event(), ([4, 5, 6], [7, 8, 9])
+    alone = [
+        [step.token_id for step in engine.submit(ids, params, cancel=cancel)] for ids in prompts
+    ]
+    decoder.fault = poison
+    replies = [engine.submit(ids, params, cancel=cancel) for ids in prompts]
+    failed = 0
+    for steps, expected in zip(replies, alone, strict=True):
+        told = []
+        try:
+            told.extend(step.token_id for step in steps)
+            assert told == expected
+        except BackendFailed:
+            failed += 1
+            assert told == expected[: len(told)]
+    assert failed == 1
     wait_until(lambda: engine.load == (0, 0))
     assert not decoder._slots.used
 
