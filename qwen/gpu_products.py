@@ -60,7 +60,7 @@ def gate(x: Tensor) -> Tensor:
     out = x.new_empty(rows, size)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         triton_products.gate[(rows, triton.cdiv(size, _GATES_AT_ONCE))](
-            x, out, size, BLOCK=_GATES_AT_ONCE, num_warps=4
+            x, out, size, BLOCK=_GATES_AT_ONCE, num_warps=4, **chain(x.device)
         )
     return out
 

@@ -33,8 +33,11 @@ def rms_norm(x_ptr, weight_ptr, out_ptr, size, eps, WIDTH: tl.constexpr, CHAINED
 
 
 @triton.jit
-def gate(x_ptr, out_ptr, size, BLOCK: tl.constexpr):
+def gate(x_ptr, out_ptr, size, BLOCK: tl.constexpr, CHAINED: tl.constexpr):
     """Compute silu(gate) * other of rows of `size` gates and as many others."""
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_inside = columns < size
     places = tl.program_id(0) * 2 * size + columns

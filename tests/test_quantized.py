@@ -213,3 +213,16 @@ def test_move_between_cpu_and_gpu_packs_anew():
     assert torch.equal(moved.dequantized_weight().cpu(), before)
     back = moved.to("cpu")
     assert_close(back(rows), rows, weight, bias)
+
+
+def test_order_of_inputs_on_a_gpu_is_its_own_inverse():
+    rows = torch.arange(512).view(2, 256)
+    ordered = int4_kernels.order_for_gpu(rows, group=128)
+    assert not torch.equal(ordered, rows)
+    assert torch.equal(ordered.view(2, 2, 128).sort().values.view(2, 256), rows)
+    assert torch.equal(int4_kernels.order_for_gpu(ordered, group=128), rows)
+
+
+def test_groups_that_our_kernel_does_not_know_keep_the_order_of_their_inputs():
+    rows = torch.arange(256).view(2, 128)
+    assert int4_kernels.order_for_gpu(rows, group=64) is rows
