@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +36,7 @@ from qwen.decoder_ops import (
     attend_masked,
     has_flash_attention,
 )
+from qwen.decoder_weights import LayerWeights
 from qwen.kv_slots import KvSlot, KvSlots
 from qwen.kv_store import KvStore
 from qwen.step_inputs import ComputeRotation, StepInputs, compute_rotation
@@ -47,8 +49,10 @@ _FIRST_CAPACITY = 2048
 _FIRST_BUCKET = 256
 #: From there on attention is as for so many positions.
 _LONGEST_TRIED = 65536
-#: Rows that have kernels of their own.
-_ROWS_TRIED = (1, 2)
+#: Rows whose kernels are compiled ahead, the powers of two that graphs have.
+_ROWS_TRIED = (1, 2, 4, 8, 16, 32)
+#: By how much a layer of our kernels may differ from torch's, relatively, in 16 bits and in 32.
+_LIMITS = {2: 3e-2, 4: 1e-3}
 
 
 #: Prepares the attention of prompts by their rotation, and the factor of the scores.
@@ -90,8 +94,6 @@ class GraphedDecoder(Decoder):
             run; None computes with torch's.
     """
 
-    reads_ahead = True
-
     def __init__(
         self,
         model: Any,
@@ -102,6 +104,7 @@ class GraphedDecoder(Decoder):
         super().__init__(model)
         # cuDNN's attention is compiled anew for each length of a prompt: 1.1 s (H200, torch 2.11).
         torch.backends.cuda.enable_cudnn_sdp(False)
+        self.read_ahead = self._read_ahead
         self._record = record or record_cuda_graph
         self._slots: KvSlots | None = None
         self._graphs: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
@@ -154,26 +157,24 @@ class GraphedDecoder(Decoder):
 
     def read_many(self, pieces: Sequence[Piece]) -> list[Tensor | None]:
         """See `Decoder.read_many`; all prompts at once, then all single tokens in one step."""
-        before = [piece.sequence.store.length for piece in pieces]
         logits: dict[int, Tensor | None] = {}
         prompts = {i: piece for i, piece in enumerate(pieces) if len(piece.ids) > 1}
         single = {i: piece for i, piece in enumerate(pieces) if len(piece.ids) == 1}
-        try:
+        with _all_or_none([piece.sequence for piece in pieces]):
             if prompts:
                 rows = super().read_many(list(prompts.values()))
                 logits |= dict(zip(prompts, rows, strict=True))
             if single:
                 logits |= dict(zip(single, self._step(list(single.values())), strict=True))
-        except BaseException:
-            for piece, length in zip(pieces, before, strict=True):
-                piece.sequence.store.length = length
-            raise
         return [logits[i] if piece.wants_logits else None for i, piece in enumerate(pieces)]
 
-    def read_ahead(self, sequences: Sequence[DecoderSequence], tokens: Tensor) -> list[Tensor]:
-        """See `Decoder.read_ahead`."""
-        logits = self._step([Piece([], sequence) for sequence in sequences], tokens)
-        return list(torch.stack(logits))  # apart from the graph's, which others may use meanwhile
+    def _read_ahead(
+        self, sequences: Sequence[DecoderSequence], tokens: Tensor, places: Sequence[int]
+    ) -> list[Tensor]:
+        with _all_or_none(sequences):
+            pieces = [Piece([place], own) for place, own in zip(places, sequences, strict=True)]
+            # Apart from the graph's, which others may use meanwhile.
+            return list(torch.stack(self._step(pieces, tokens)))
 
     def forward(self, ids: Tensor, spans: Sequence[Span], stores: Sequence[KvStore]) -> Tensor:
         """See `Decoder.forward`; all prompts attend at once as soon as there is what does it.
@@ -223,8 +224,8 @@ class GraphedDecoder(Decoder):
         """Read one token of each sequence by a graph; returns their logits, in order.
 
         Args:
-            pieces: Of one token each, or of none if they are on the device.
-            tokens: See `read_ahead`.
+            pieces: Of one token each.
+            tokens: See `StepInputs.write`.
         """
         slots = self._slots
         assert slots is not None
@@ -292,7 +293,8 @@ class GraphedDecoder(Decoder):
             with torch.inference_mode():
                 parts = make_parts()
                 for rows in _ROWS_TRIED:
-                    self._try_parts(parts, rows)
+                    for layer in self._kinds_of_layers():
+                        self._try_parts(parts, layer, rows)
         except Exception as error:
             reason = " ".join(str(error).split())[:500] or type(error).__name__
             logger.warning("Decoding without kernels of our own, which is slower: %s", reason)
@@ -302,24 +304,54 @@ class GraphedDecoder(Decoder):
         self._compiled.append(parts)
         logger.info("The kernels of the decode loop are compiled")
 
-    def _try_parts(self, parts: StepParts, rows: int) -> None:
-        """Run each part once, and attention in all forms that it has for longer sequences."""
-        weights, (table, _) = self._weights, self._table(1)
-        layer, ops = weights.layers[0], parts.ops
-        rotation = StepInputs(rows, table).rotation(parts.rotation)
+    def _kinds_of_layers(self) -> list[LayerWeights]:
+        """Return a layer of each kind that the model has: a quantised one's may differ."""
+        layers = self._weights.layers
+        return list({tuple(map(type, layer.linears)): layer for layer in layers}.values())
+
+    def _try_parts(self, parts: StepParts, layer: LayerWeights, rows: int) -> None:
+        """Run each part, and attention in all forms that it has for longer sequences.
+
+        Raises:
+            RuntimeError: A kernel computes something else than torch.
+        """
+        weights, ops = self._weights, parts.ops
+        rotation = StepInputs(rows, self._table(1)[0]).rotation(parts.rotation)
         options: dict[str, Any] = {"dtype": self._dtype, "device": self.device}
-        hidden = torch.zeros(rows, weights.embedding.shape[1], **options)
+        hidden = torch.linspace(-1, 1, rows * weights.embedding.shape[1], **options).view(rows, -1)
         memory = torch.zeros(2, rows, weights.num_kv_heads, 32, weights.head_dim, **options)
         qkv = project(ops, layer, hidden, weights.eps)
+        _check(qkv, project(self._ops, layer, hidden, weights.eps))
         longest = 1
         while longest <= _LONGEST_TRIED:
             # Only the first position is read.
             attended = parts.attend(rotation, longest, weights.scale)(qkv, *memory)
+            _check(attended, attend_masked(rotation, longest, weights.scale)(qkv, *memory.clone()))
             longest *= 2
-        finish(ops, layer, hidden, attended, weights.eps)
+        actual = finish(ops, layer, hidden.clone(), attended, weights.eps)
+        _check(actual, finish(self._ops, layer, hidden, attended, weights.eps))
         if parts.attend_prompts is not None and has_flash_attention(memory):
             prompts = [PromptRows(1, 1, row * weights.num_kv_heads * 32) for row in range(rows)]
-            parts.attend_prompts(rotation, prompts, weights.scale)(qkv, *memory)
+            _check(parts.attend_prompts(rotation, prompts, weights.scale)(qkv, *memory), attended)
+
+
+def _check(actual: Tensor, expected: Tensor) -> None:
+    """Refuse numbers that are not torch's: a form that a compiler or torch has changed."""
+    error = (actual.float() - expected.float()).norm()
+    if not error <= _LIMITS[actual.itemsize] * expected.float().norm() + 1e-6:
+        raise RuntimeError("compiled kernels compute wrongly here")
+
+
+@contextmanager
+def _all_or_none(sequences: Sequence[DecoderSequence]) -> Iterator[None]:
+    """After an error have sequences be as they were; what was written is written again."""
+    before = [sequence.store.length for sequence in sequences]
+    try:
+        yield
+    except BaseException:
+        for sequence, length in zip(sequences, before, strict=True):
+            sequence.store.length = length
+        raise
 
 
 def make_step_parts() -> StepParts:

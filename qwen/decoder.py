@@ -88,6 +88,12 @@ class Piece:
     wants_logits: bool = True
 
 
+#: Reads one token of each of several sequences, which the device knows first: takes the sequences,
+#: which all differ, tokens (n,), int64, on the device, and for each sequence the place of its token
+#: there. Changes all sequences or, on an error, none; returns the logits of each, (vocab_size,).
+ReadAhead = Callable[[Sequence[DecoderSequence], Tensor, Sequence[int]], list[Tensor]]
+
+
 def project(ops: DecoderOps, layer: LayerWeights, hidden: Tensor, eps: float) -> Tensor:
     """Compute what comes before a layer's attention: queries, keys and values."""
     return ops.linear(layer.qkv, ops.rms_norm(hidden, layer.input_norm, eps))
@@ -106,7 +112,7 @@ class Decoder:
     """The forward of one model. Not for several threads at once.
 
     Attributes:
-        reads_ahead: Whether `read_ahead` does not wait for the device.
+        read_ahead: See `ReadAhead`; None where the host knows tokens first.
 
     Args:
         model: A loaded model that `check_model` passes. Changed: projections of the same input
@@ -114,7 +120,7 @@ class Decoder:
         kernels: Compute with these on the CPU; None computes with torch in the model's dtype.
     """
 
-    reads_ahead = False
+    read_ahead: ReadAhead | None = None
 
     def __init__(self, model: Any, *, kernels: CpuKernels | None = None) -> None:
         self._weights = collect_weights(model, kernels=kernels)
@@ -230,20 +236,6 @@ class Decoder:
         for store, span in zip(stores, spans, strict=True):
             store.length = span.length
         return logits
-
-    def read_ahead(self, sequences: Sequence[DecoderSequence], tokens: Tensor) -> list[Tensor]:
-        """Read one token of each of several sequences, which the device knows first.
-
-        Args:
-            sequences: That all differ; changed as by `read_many`.
-            tokens: (sequences,), int64, on the decoder's device.
-
-        Returns:
-            For each its logits, (vocab_size,).
-        """
-        pieces = zip(tokens.tolist(), sequences, strict=True)
-        logits = self.read_many([Piece([token], sequence) for token, sequence in pieces])
-        return [row for row in logits if row is not None]
 
     def advance(self, ids: Tensor, sequence: DecoderSequence) -> Tensor:
         """Read as `read`; return the hidden states (tokens, hidden_size) that `logits` takes."""

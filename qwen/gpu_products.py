@@ -48,7 +48,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     width = triton.next_power_of_2(size)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         triton_products.rms_norm[(rows,)](
-            x, weight, out, size, eps,
+            x.contiguous(), weight, out, size, eps,
             WIDTH=width, num_warps=min(max(width // 512, 1), 16), **chain(x.device),
         )  # fmt: skip
     return out
@@ -60,7 +60,7 @@ def gate(x: Tensor) -> Tensor:
     out = x.new_empty(rows, size)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
         triton_products.gate[(rows, triton.cdiv(size, _GATES_AT_ONCE))](
-            x, out, size, BLOCK=_GATES_AT_ONCE, num_warps=4, **chain(x.device)
+            x.contiguous(), out, size, BLOCK=_GATES_AT_ONCE, num_warps=4, **chain(x.device)
         )
     return out
 

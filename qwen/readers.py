@@ -44,7 +44,7 @@ class Reading:
 
 
 #: See `Readers`.
-ReadAhead = Callable[[Sequence[SequenceReader], Tensor], list[Tensor]]
+ReadAhead = Callable[[Sequence[SequenceReader], Tensor, Sequence[int]], list[Tensor]]
 
 
 class Readers(Protocol):
@@ -57,9 +57,8 @@ class Readers(Protocol):
         can_batch: Whether several sequences can be read at once.
         keeps_replies: Whether a later prompt need not read a reply again.
         position_bytes: What a token of context takes; 0 is unknown.
-        read_ahead: Reads one token of each of several sequences, which only the device knows yet,
-            (sequences,), int64; returns their logits. Each reader is to `note` its token before
-            anything else is done with it. None where the host knows tokens first.
+        read_ahead: As `qwen.decoder.ReadAhead`, of readers. Each of them is to `note` its token
+            before anything else is done with it, unless it is closed without being kept.
     """
 
     device: torch.device
@@ -171,7 +170,7 @@ class DecoderReaders:
         self.device, self.is_exact = decoder.device, decoder.is_exact
         self.can_batch, self.position_bytes = True, decoder.position_bytes
         self.keeps_replies = self.is_exact and prefix_bytes > 0
-        self.read_ahead: ReadAhead | None = self._read_ahead if decoder.reads_ahead else None
+        self.read_ahead: ReadAhead | None = self._read_ahead if decoder.read_ahead else None
 
     @property
     def kept_bytes(self) -> int:
@@ -219,8 +218,12 @@ class DecoderReaders:
             reader.note(reading.ids)
         return logits
 
-    def _read_ahead(self, readers: Sequence[SequenceReader], tokens: Tensor) -> list[Tensor]:
-        return self._decoder.read_ahead([_decoder_reader(r).sequence for r in readers], tokens)
+    def _read_ahead(
+        self, readers: Sequence[SequenceReader], tokens: Tensor, places: Sequence[int]
+    ) -> list[Tensor]:
+        assert self._decoder.read_ahead is not None
+        sequences = [_decoder_reader(reader).sequence for reader in readers]
+        return self._decoder.read_ahead(sequences, tokens, places)
 
     def shrink(self, max_bytes: int) -> None:
         """See `Readers`."""

@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -31,10 +31,9 @@ from qwen.errors import (
     TooManyRequests,
 )
 from qwen.messages import FinishReason, QueuePlace
-from qwen.proposals import Proposals
+from qwen.proposals import Proposals, propose
 from qwen.readers import Readers
 from qwen.reply_steps import EngineStep, Request
-from qwen.sampling import propose_rows
 from qwen.sequence import SequenceState, prefill_chunk
 from qwen.serving_pace import Pace
 
@@ -50,11 +49,18 @@ class Running:
     Attributes:
         quantum: Tokens of its prompt that may still be read before the next prompt's turn.
         ending: Why its reply, which is complete, ends as soon as its last token is read.
+        is_read_ahead: Whether its tokens may be read before the host knows them.
     """
 
     def __init__(self, request: Request, state: SequenceState, *, quantum: int) -> None:
         self.request, self.state, self.quantum = request, state, quantum
         self.ending: FinishReason | None = None
+        self.is_read_ahead = True
+
+    @property
+    def can_read_ahead(self) -> bool:
+        """Whether another token will follow the next one."""
+        return self.is_read_ahead and self.request.num_tokens + 1 < self.request.max_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,15 +372,16 @@ class Scheduler:
 
     def _choose(self, read: Sequence[tuple[Running, Tensor]], readers: Readers) -> None:
         """Choose the next token of every sequence that was read to its end."""
-        alike: dict[Hashable, list[tuple[Running, Tensor]]] = {}
+        going_on = []
         for running, logits in read:
             if self._is_over(running.request):
                 self._end(running, "cancelled")
-                continue
-            # On a CPU each by itself: some sums depend on how many rows there are.
-            key = running.state.sampler.key if readers.device.type == "cuda" else running
-            alike.setdefault(key, []).append((running, logits))
-        proposals = [pair for group in alike.values() for pair in self._propose(group)]
+            else:
+                going_on.append((running, running.state.sampler, logits))
+        # On a CPU each by itself: some sums depend on how many rows there are.
+        proposals, failures = propose(going_on, by_kind=readers.device.type == "cuda")
+        for running, error in failures:
+            self._fail(running, error)
         if not proposals:
             return
         # The one place where a GPU is waited for.
@@ -391,44 +398,22 @@ class Scheduler:
     def _read_ahead(self, chosen: Proposals[Running], readers: Readers) -> dict[Running, Tensor]:
         """Have a GPU read what was chosen before the host knows it; returns the logits.
 
-        Not what will be the last token of its reply, and nothing if that fails: it is then read in
-        the next step.
+        Not what will be the last token of its reply. What cannot be read so is read in the next
+        step, and no more of its reply is read ahead.
         """
         read_ahead = readers.read_ahead
-        if self._reads_alone or read_ahead is None:
+        places = [place for place, running in enumerate(chosen.owners) if running.can_read_ahead]
+        if self._reads_alone or read_ahead is None or not places:
             return {}
-        going_on = [
-            place
-            for place, running in enumerate(chosen.owners)
-            if running.request.num_tokens + 1 < running.request.max_tokens
-        ]
-        if not going_on:
-            return {}
-        tokens = chosen.tokens()
-        if len(going_on) < len(chosen.owners):
-            tokens = tokens[going_on]
-        owners = [chosen.owners[place] for place in going_on]
-        logits, _ = attempt(
-            lambda: read_ahead([running.state.reader for running in owners], tokens)
-        )
-        return {} if logits is None else dict(zip(owners, logits, strict=True))
-
-    def _propose(
-        self, group: Sequence[tuple[Running, Tensor]]
-    ) -> list[tuple[list[Running], Tensor]]:
-        """Compute the next tokens of sequences whose samplers are alike: `propose_rows`."""
-        all_running = [running for running, _ in group]
-        samplers = [running.state.sampler for running in all_running]
-        rows, failure = attempt(
-            lambda: propose_rows(samplers, _stack([logits for _, logits in group]))
-        )
-        if rows is not None:
-            return [(all_running, rows)]
-        if len(group) > 1:  # one of them may be the culprit
-            return [pair for each in group for pair in self._propose([each])]
-        assert failure is not None
-        self._fail(all_running[0], failure)
-        return []
+        owners = [chosen.owners[place] for place in places]
+        sequences = [running.state.reader for running in owners]
+        logits, _ = attempt(lambda: read_ahead(sequences, chosen.tokens(), places))
+        if logits is not None:
+            return dict(zip(owners, logits, strict=True))
+        logger.warning("These replies go on, but nothing more of them is read ahead")
+        for running in owners:
+            running.is_read_ahead = False
+        return {}
 
     def _accept(
         self, running: Running, values: Sequence[float], readers: Readers, is_ahead: bool
@@ -478,12 +463,8 @@ class Scheduler:
         if failure is not None:
             logger.warning("A sequence that ended could not be kept for reuse")
         if self._readers is not None and self._readers.device.type == "cuda" and not self._running:
+            self._deliver()  # the GPU may still read ahead
             attempt(torch.cuda.empty_cache)  # raises after an error that the GPU does not forget
-
-
-def _stack(rows: Sequence[Tensor]) -> Tensor:
-    """Stack rows; a single one is not copied."""
-    return torch.stack(tuple(rows)) if len(rows) > 1 else rows[0][None]
 
 
 def _end_loop(scheduler: weakref.ref[Scheduler]) -> None:

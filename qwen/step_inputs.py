@@ -29,14 +29,14 @@ class StepInputs:
 
     def __init__(self, rows: int, table: RotaryTable) -> None:
         device = table.inv_freq.device
-        self._all = torch.zeros(3, rows, dtype=torch.int64, device=device)
-        self.ids, self.positions, self._places = self._all
-        # Written on the CPU, from where they cross at once without waiting; the next step's are
-        # written while these may still cross.
-        is_pinned = device.type == "cuda"
-        self._staged = [
-            torch.zeros(3, rows, dtype=torch.int64, pin_memory=is_pinned) for _ in range(2)
-        ]
+        self.ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._numbers_and_positions = torch.zeros(2, rows, dtype=torch.int64, device=device)
+        self._numbers, self.positions = self._numbers_and_positions
+        # Written on the CPU, from where they cross at once without waiting.
+        self._staged = torch.zeros(2, rows, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._has_crossed: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._has_crossed = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._inv_freq = table.inv_freq.repeat(rows, 1)
         self._tables: list[RotaryTable | None] = [None] * rows
         self._scale, self._logn_length = table.scale, table.logn_length
@@ -49,25 +49,29 @@ class StepInputs:
         A row without a token writes to the next free position of its slot, where it does no harm.
 
         Args:
-            pieces: By their rows; without ids if the tokens are on the device.
+            pieces: By their rows.
             used: All slots.
-            tokens: (pieces,), int64, in the order of the pieces; None takes their ids.
+            tokens: (n,), int64, on the device: those that are read; the pieces' ids are places in
+                it. None reads the ids.
         """
-        ids, positions, places = ([0] * len(self._tables) for _ in range(3))
+        numbers, positions = [0] * len(self._tables), [0] * len(self._tables)
         positions[: len(used)] = [slot.length for slot in used[: len(self._tables)]]
-        for place, (row, piece) in enumerate(pieces.items()):
-            if tokens is None:
-                (ids[row],) = piece.ids
-            places[row] = place
+        for row, piece in pieces.items():
+            (numbers[row],) = piece.ids
             table = piece.sequence.table
             if self._tables[row] is not table:
                 self._tables[row] = table
                 self._inv_freq[row].copy_(table.inv_freq)
-        self._staged.reverse()
-        self._staged[0].numpy()[:] = ids, positions, places
-        self._all.copy_(self._staged[0], non_blocking=True)
-        if tokens is not None:
-            torch.index_select(tokens, 0, self._places, out=self.ids)
+        if self._has_crossed is not None:
+            self._has_crossed.synchronize()  # what was written before
+        self._staged.numpy()[:] = numbers, positions
+        self._numbers_and_positions.copy_(self._staged, non_blocking=True)
+        if self._has_crossed is not None:
+            self._has_crossed.record()
+        if tokens is None:
+            self.ids.copy_(self._numbers)
+        else:
+            torch.index_select(tokens, 0, self._numbers, out=self.ids)
 
     def rotation(self, compute: ComputeRotation) -> Rotation:
         """Compute how the tokens are rotated."""

@@ -195,19 +195,19 @@ class AheadDecoder(GraphedDecoder):
     def __init__(self, model, **options):
         super().__init__(model, record=Repeat(), **options)
         self.num_ahead, self.fault = 0, None
+        self.read_ahead = self._count_ahead
 
-    def read_ahead(self, sequences, tokens):
+    def _count_ahead(self, sequences, tokens, places):
         self.num_ahead += len(sequences)
         if self.fault is not None:
-            return self.fault(super().read_ahead, sequences, tokens)
-        return super().read_ahead(sequences, tokens)
+            return self.fault(self._read_ahead, sequences, tokens, places)
+        return self._read_ahead(sequences, tokens, places)
 
 
 def test_tokens_read_before_the_host_knows_them_change_no_reply(make):
     plain = AheadDecoder(make())
-    plain.reads_ahead = False
+    plain.read_ahead = None
     first = sampled_replies(make, plain, eos=())
-    assert plain.num_ahead == 0
     eos = {first[3][4][0], first[5][20][0]}  # ends some replies early
     expected = sampled_replies(make, plain, eos=eos)
     assert {reply[-1][1] for reply in expected} == {"stop", "length"}
@@ -218,21 +218,75 @@ def test_tokens_read_before_the_host_knows_them_change_no_reply(make):
     assert not decoder._slots.used
 
 
-def test_reply_goes_on_where_its_token_cannot_be_read_ahead(make):
-    def fail(read_ahead, sequences, tokens):
-        if decoder.num_ahead % 3 == 0:
-            raise torch.OutOfMemoryError("out of memory")
-        return read_ahead(sequences, tokens)
+def no_memory(*args):
+    raise torch.OutOfMemoryError("out of memory")
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+def test_reply_goes_on_where_its_token_cannot_be_read_ahead(make, monkeypatch, is_read):
+    def fail(read_ahead, sequences, tokens, places):
+        if decoder.num_ahead % 7:
+            return read_ahead(sequences, tokens, places)
+        if not is_read:
+            no_memory()
+        with monkeypatch.context() as patch:  # when the step has been launched
+            patch.setattr(cuda_graphs.torch, "stack", no_memory)
+            return read_ahead(sequences, tokens, places)
 
     expected = sampled_replies(make, AheadDecoder(make()), eos=())
     decoder = AheadDecoder(make())
     decoder.fault = fail
     assert sampled_replies(make, decoder, eos=()) == expected
+    assert decoder.num_ahead > 50
+
+
+def test_growing_alpha_begins_anew_what_was_read_ahead():
+    def replies(decoder):
+        model = golden_v1.load_tiny()  # 64 is its trained length
+        options = {"eos_token_ids": (), "context_length": 300, "ntk_policy": "grow"}
+        engine = Engine(model, decoder=decoder, **options)
+        params = SamplingParams(temperature=0, max_new_tokens=90)
+        asked = [
+            engine.submit(prompt(n, n).tolist(), params, cancel=threading.Event())
+            for n in (20, 50, 100)
+        ]
+        return [[step.token_id for step in steps] for steps in asked]
+
+    plain, decoder = (AheadDecoder(golden_v1.load_tiny()) for _ in range(2))
+    plain.read_ahead = None
+    assert replies(decoder) == replies(plain)
+    assert decoder.num_ahead > 100
+
+
+def test_cancelled_reply_leaves_others_that_are_read_ahead_as_they_are(make):
+    decoder = AheadDecoder(make())
+    engine = Engine(make(), eos_token_ids=(), context_length=300, decoder=decoder)
+
+    def submit(length, cancel):
+        params = SamplingParams(temperature=0, max_new_tokens=60)
+        return engine.submit(prompt(length, length).tolist(), params, cancel=cancel)
+
+    def tokens(steps):
+        return [step.token_id for step in steps]
+
+    lengths = (30, 60, 40)
+    alone = [tokens(submit(n, threading.Event())) for n in lengths]
+    for cancelled in range(3):
+        cancels = [threading.Event() for _ in lengths]
+        asked = [submit(n, cancel) for n, cancel in zip(lengths, cancels, strict=True)]
+        for _ in range(9 * cancelled + 1):
+            next(asked[cancelled])
+        cancels[cancelled].set()
+        told = [tokens(steps) for steps in asked]
+        for place in {0, 1, 2} - {cancelled}:
+            assert told[place] == alone[place]
+    wait_until(lambda: engine.load == (0, 0))
+    assert not decoder._slots.used
 
 
 def test_numbers_that_are_none_ahead_end_one_reply_only(make):
-    def poison(read_ahead, sequences, tokens):
-        logits = read_ahead(sequences, tokens)
+    def poison(read_ahead, sequences, tokens, places):
+        logits = read_ahead(sequences, tokens, places)
         if len(logits) == 2:
             logits[1].fill_(torch.nan)
         return logits
@@ -304,6 +358,23 @@ def test_compiled_parts_are_used_from_the_next_sequence_on():
     expected, _ = read(Decoder(build_tiny_model()), ids, 10)
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
     assert set(used) == {1}  # prompts are read without them
+
+
+def test_kernels_that_compute_something_else_are_not_used(caplog):
+    class WrongOps(TorchOps):
+        def rms_norm(self, x, weight, eps):
+            return super().rms_norm(x, weight, eps) * 1.1
+
+    with caplog.at_level(logging.WARNING):
+        decoder = GraphedDecoder(
+            build_tiny_model(), record=Repeat(), make_parts=lambda: StepParts(WrongOps())
+        )
+        compile_and_wait(decoder)
+    assert "slower: compiled kernels compute wrongly here" in caplog.text
+    ids = prompt(20)
+    actual, _ = read(decoder, ids, 10)
+    expected, _ = read(Decoder(build_tiny_model()), ids, 10)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_compilation_that_fails_is_named_in_the_log_and_decoding_goes_on(caplog):

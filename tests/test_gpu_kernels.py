@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -128,6 +132,47 @@ def test_sizes_that_the_int4_kernel_takes(products):
     assert not takes(out_features=4096, in_features=11008, group=64)
     assert not takes(out_features=4096, in_features=11072, group=128)
     assert not takes(out_features=4104, in_features=11008, group=128)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, list[str]]]:
+    """What the kernels do in which order, compiled for an H100; needs none."""
+    if sys.platform != "linux":
+        pytest.skip("Triton is made for Linux")
+    environ = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "compile_kernels.py"
+    root = script.parents[1]
+    run = subprocess.run(
+        [sys.executable, str(script)],
+        env=environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    result: dict[str, dict[str, list[str]]] = json.loads(run.stdout)
+    return result
+
+
+def test_chained_kernels_ask_for_weights_before_they_wait_and_touch_nothing_else(compiled):
+    loads = {}
+    for name, kernel in compiled.items():
+        if "griddepcontrol.wait" in kernel["events"]:
+            waits = kernel["events"].index("griddepcontrol.wait")
+            assert "st.global" not in kernel["events"][:waits], name
+            assert "ld.global" in kernel["events"][waits:] or "cp.async.c" in kernel["events"], name
+            loads[name] = kernel["events"][:waits].count("ld.global")
+    assert {name for name, count in loads.items() if not count} == {"gate", "attend_rows"}
+    assert {name for name, count in loads.items() if count} == {
+        "rms_norm", "dense_row", "int4_rows of one", "int4_rows",
+    }  # fmt: skip
+
+
+def test_int4_words_lie_in_lanes_as_the_matrix_units_take_them(compiled):
+    for name in ("int4_rows of one", "int4_rows"):
+        (layout,) = compiled[name]["layouts"]
+        assert "sizePerThread = [4], threadsPerWarp = [32], warpsPerCTA = [4]" in layout
+        assert "mma.sync" in compiled[name]["events"]
 
 
 def random_rotation(

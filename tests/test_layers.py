@@ -113,7 +113,7 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen.serving_pace": (0, ""),
     "qwen.attempt": (1, ""),
     "qwen.reply_steps": (1, ""),
-    "qwen.proposals": (1, "torch"),
+    "qwen.proposals": (2.95, "torch"),
     "qwen.sequence": (2.96, "torch"),
     "qwen.scheduler": (2.97, "torch"),
     # The running model.

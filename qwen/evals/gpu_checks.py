@@ -21,7 +21,7 @@ from qwen.decoder import Decoder
 from qwen.engine import Engine
 from qwen.messages import SamplingParams
 
-#: Seconds that the background compilation of a decoder's layers may take.
+#: Seconds that compiling kernels in the background may take.
 _COMPILE_SECONDS = 180
 
 
@@ -127,9 +127,9 @@ def _decoder_checks(golden: Golden, device: str) -> Iterator[Check]:
         return
     graphed = GraphedDecoder(golden.model(device))
     yield Check("golden steps, CUDA graphs", _step_error(golden, graphed, device), 2e-4)
-    compiled = GraphedDecoder(golden.model(device), make_parts=make_step_parts)
+    with_kernels = GraphedDecoder(golden.model(device), make_parts=make_step_parts)
     wait_for_compilation()
-    error = _step_error(golden, compiled, device)
+    error = _step_error(golden, with_kernels, device)
     yield Check("golden steps, CUDA graphs, our kernels", error, 2e-4)
 
 

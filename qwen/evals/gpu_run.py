@@ -176,7 +176,7 @@ def _one_model(
     published = PUBLISHED.get(published_key, ())
     reply(engine, [5], 64)
     wait_for_compilation()
-    reply(engine, [5], 300)  # records the graphs of the first buckets with the compiled layers
+    reply(engine, [5], 300)  # records the graphs of the first buckets with our kernels
     for place, new_tokens in enumerate(plan.generated):
         seconds, peak = _timed(partial(reply, engine, [5], new_tokens), plan)
         speed = (new_tokens + 1) / seconds
@@ -201,7 +201,7 @@ def _profile(plan: Plan) -> Iterator[dict[str, Any]]:
         engine = _engine(model, 4096)
         steps = plan.profiled
         work = partial(_together, engine, [[5 + user] for user in range(users)], steps)
-        for _ in range(2):  # the second records the graphs of the compiled layers
+        for _ in range(2):  # the second records the graphs of our kernels
             work()
             wait_for_compilation()
         seconds, _ = _timed(work, plan)
