@@ -109,7 +109,7 @@ def attend_rows(
     program, part = tl.program_id(0), tl.program_id(1)
     row, head = program // KV_HEADS, program % KV_HEADS
     position = tl.load(positions_ptr + row)
-    queries, dims, slots = tl.arange(0, PADDED), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
+    queries, dims = tl.arange(0, PADDED), tl.arange(0, WIDTH)
     is_dim, is_query = dims < DIM, queries < SHARED
     is_own = is_query[:, None] & is_dim[None, :]
 
@@ -140,23 +140,10 @@ def attend_rows(
     sums = tl.where(part == 0, value.to(tl.float32)[None, :], tl.zeros((PADDED, WIDTH), tl.float32))
     start = part * chunk
     stop = tl.minimum(start + chunk, position.to(tl.int32))
-    for at in tl.range(start, stop, BLOCK, num_stages=STAGES):
-        is_seen = at + slots < stop
-        places = base + (at + slots) * DIM
-        is_key = is_seen[None, :] & is_dim[:, None]
-        keys = tl.load(keys_ptr + places[None, :] + dims[:, None], mask=is_key, other=0.0)
-        is_value = is_seen[:, None] & is_dim[None, :]
-        values = tl.load(values_ptr + places[:, None] + dims[None, :], mask=is_value, other=0.0)
-        scores = tl.dot(query, keys, input_precision="ieee") * scale
-        scores = tl.where(is_seen[None, :], scores, float("-inf"))
-        new = tl.maximum(largest, tl.max(scores, axis=1))
-        weights, shrink = tl.exp(scores - new[:, None]), tl.exp(largest - new)
-        total = total * shrink + tl.sum(weights, axis=1)
-        sums = tl.dot(
-            weights.to(values.dtype), values, sums * shrink[:, None], input_precision="ieee"
-        )
-        largest = new
-
+    largest, total, sums = _attend_to(
+        query, keys_ptr + base, values_ptr + base, start, stop, scale, largest, total, sums,
+        DIM, WIDTH, BLOCK, STAGES,
+    )  # fmt: skip
     if PARTS == 1:
         places = (program * SHARED + queries)[:, None] * DIM + dims[None, :]
         result = (sums / total[:, None]).to(out_ptr.dtype.element_ty)
@@ -171,6 +158,49 @@ def attend_rows(
             tl.store(done_ptr + program, 0)
             for own in tl.static_range(SHARED):
                 _join(sums_ptr, norms_ptr, out_ptr, program, own, SHARED, DIM, WIDTH, PARTS)
+
+
+@triton.jit
+def _attend_to(
+    query,
+    keys_ptr,
+    values_ptr,
+    start,
+    stop,
+    scale,
+    largest,
+    total,
+    sums,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Attend to some positions of one head, beside what was attended to before.
+
+    Returns:
+        The largest score (queries,), the sum of weights (queries,), the weighted sum of values
+        (queries, WIDTH), all as they were given for what came before.
+    """
+    dims, slots = tl.arange(0, WIDTH), tl.arange(0, BLOCK)
+    is_dim = dims < DIM
+    for at in tl.range(start, stop, BLOCK, num_stages=STAGES):
+        is_seen = at + slots < stop
+        places = (at + slots) * DIM
+        is_key = is_seen[None, :] & is_dim[:, None]
+        keys = tl.load(keys_ptr + places[None, :] + dims[:, None], mask=is_key, other=0.0)
+        is_value = is_seen[:, None] & is_dim[None, :]
+        values = tl.load(values_ptr + places[:, None] + dims[None, :], mask=is_value, other=0.0)
+        scores = tl.dot(query, keys, input_precision="ieee") * scale
+        scores = tl.where(is_seen[None, :], scores, float("-inf"))
+        new = tl.maximum(largest, tl.max(scores, axis=1))
+        weights, shrink = tl.exp(scores - new[:, None]), tl.exp(largest - new)
+        total = total * shrink + tl.sum(weights, axis=1)
+        sums = tl.dot(
+            weights.to(values.dtype), values, sums * shrink[:, None], input_precision="ieee"
+        )
+        largest = new
+    return largest, total, sums
 
 
 @triton.jit

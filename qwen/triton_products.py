@@ -187,21 +187,18 @@ def int4_rows(
     packed_places = packed_ptr + first * groups * 128 + words
     # A lane's four sums: an output of the first tile for two rows, then one of the second.
     scale_places = scales_ptr + group * outputs + (first + word // 2 * apart) * 8 + lane_row
-    codes = ()
-    scales = ()
+    weights = ()
     for step in tl.static_range(STEPS):
         is_inside = group + step * GROUPS < groups
         for pair in tl.static_range(PAIRS):
             places = packed_places + (pair * STRIDE * groups + step * GROUPS) * 128
             own = tl.load(places, mask=is_inside, other=0)
             other = tl.load(places + apart * groups * 128, mask=is_inside, other=0)
-            codes = codes + ((own, other),)
-        for pair in tl.static_range(PAIRS):
             places = scale_places + step * GROUPS * outputs + pair * STRIDE * 8
             # In the layout of the words, from which the sums come; both rows have the same.
             loaded = tl.load(places, mask=is_inside & (word % 2 == 0), other=0)
-            own, _ = tl.split(tl.reshape(loaded, (GROUPS * 64, 2)))
-            scales = scales + (own,)
+            scales, _ = tl.split(tl.reshape(loaded, (GROUPS * 64, 2)))
+            weights = weights + ((own, other, scales),)
     if CHAINED:
         gdc_wait()
     even = ()
@@ -226,17 +223,10 @@ def int4_rows(
         new_even = ()
         new_odd = ()
         for pair in tl.static_range(PAIRS):
-            own, other = codes[step * PAIRS + pair]
+            own, other, scales = weights[step * PAIRS + pair]
             even_part, odd_part = _multiply_int4(own, other, x, GROUPS, IS_COMPILED)
-            pairs_of_scales = scales[step * PAIRS + pair]
-            scale, offset = _first(pairs_of_scales), _second(pairs_of_scales) * (1 / 128)
-            part = (even_part - even_zero * (136 / 128)) * scale + even_zero * offset
-            new_even = new_even + (even[pair] + part,)
-            if IS_SINGLE:
-                new_odd = new_odd + (odd[pair],)
-            else:
-                part = (odd_part - odd_zero * (136 / 128)) * scale + odd_zero * offset
-                new_odd = new_odd + (odd[pair] + part,)
+            new_even = new_even + (even[pair] + _scaled(even_part, even_zero, scales),)
+            new_odd = new_odd + (odd[pair] + _scaled(odd_part, odd_zero, scales),)
         even, odd = new_even, new_odd
     for pair in tl.static_range(PAIRS):
         at = first + pair * STRIDE
@@ -248,6 +238,12 @@ def int4_rows(
             _store_rows(
                 odd[pair], 1, sizes, bias_ptr, add_ptr, out_ptr, HAS_BIAS, HAS_ADD, IS_GATED, GROUPS
             )
+
+
+@triton.jit
+def _scaled(sums, zeros, scales):
+    """Return what sums with 128 added to each code stand for; `zeros` are those of codes of 0."""
+    return (sums - zeros * (136 / 128)) * _first(scales) + zeros * (_second(scales) * (1 / 128))
 
 
 @triton.jit
