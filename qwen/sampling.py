@@ -55,6 +55,7 @@ class Sampler:
         self._seen_ids = set(prompt_ids) if self._counts_seen else set()
         self._seen = torch.tensor(sorted(self._seen_ids), dtype=torch.int64, device=device)
         self._seen_since: list[int] = []  # not in the tensor yet
+        self._drawn: float | None = None
         # On the CPU whatever the device, so that a seed means the same draws everywhere.
         self._generator = torch.Generator("cpu")
         if params.seed is None:
@@ -91,7 +92,7 @@ class Sampler:
                 "The model computed values that are not numbers, so no token can be chosen. "
                 "Start the server with --dtype float32 or bfloat16, or try another checkpoint."
             )
-        token_id = int(values[1])
+        token_id, self._drawn = int(values[1]), None
         if self._counts_seen and token_id not in self._seen_ids:
             self._seen_ids.add(token_id)
             self._seen_since.append(token_id)
@@ -109,8 +110,10 @@ class Sampler:
         return self._seen, self._seen_since
 
     def draw(self) -> float:
-        """Draw a uniform number from 0 to 1."""
-        return float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        """Draw a uniform number from 0 to 1; the same until a token is accepted."""
+        if self._drawn is None:
+            self._drawn = float(torch.rand((), generator=self._generator, dtype=torch.float64))
+        return self._drawn
 
 
 def propose_rows(samplers: Sequence[Sampler], logits: Tensor) -> Tensor:

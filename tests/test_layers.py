@@ -161,6 +161,8 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen.evals.bench": (6.5, ""),
     "qwen.evals.profile": (6.5, "torch"),
     "qwen.evals.gpu_checks": (6.4, "torch safetensors flash_attn"),
+    "qwen.evals.gpu_plan": (6.45, "torch"),
+    "qwen.evals.gpu_profile": (6.5, "torch"),
     "qwen.evals.gpu_run": (6.6, "torch"),
     "qwen.evals.corpus": (6, "numpy"),
     "qwen.evals.long_context": (6, "torch transformers"),

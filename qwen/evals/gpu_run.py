@@ -10,14 +10,12 @@ CPU too.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,63 +25,23 @@ import torch
 from qwen.engine import Engine
 from qwen.errors import OutOfMemory, QwenError
 from qwen.evals.gpu_checks import reply, run_checks, wait_for_compilation
+from qwen.evals.gpu_plan import (
+    DRY,
+    Plan,
+    answer_together,
+    build_engine,
+    build_model,
+    release,
+    synchronize,
+    timed,
+)
+from qwen.evals.gpu_profile import profile_steps
 from qwen.evals.machine import describe_machine
 from qwen.evals.profile import PUBLISHED
-from qwen.evals.random_models import build_random_model
-from qwen.fast_decoder import build_decoder
-from qwen.messages import SamplingParams
 
 SECTIONS = ("correctness", "speed", "profile", "users", "context", "memory")
 
-_KERNELS_SHOWN = 10
-
 _GOLDEN = Path("tests/data/golden")
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is run.
-
-    Attributes:
-        device: As torch spells it.
-        sizes: Of `qwen.evals.random_models`.
-        generated: Tokens of a reply whose speed is measured, one measurement each.
-        peer_tokens: Tokens that Transformers' `generate` makes.
-        prompt: Tokens of the long prompt; the README's is 2,048.
-        users: Numbers of users.
-        rounds: How often they ask; the medians count.
-        user_tokens: Tokens of each user's prompt and reply.
-        profiled: Tokens of the replies whose kernels are timed; within a graph's first bucket.
-        profiled_users: Users whose steps are timed, besides one.
-        context: Tokens of the long context.
-    """
-
-    device: str = "cuda"
-    sizes: tuple[str, ...] = ("7b", "14b")
-    generated: tuple[int, ...] = (2048, 8192)
-    peer_tokens: int = 64
-    prompt: int = 2048
-    users: tuple[int, ...] = (1, 8, 32)
-    rounds: int = 5
-    user_tokens: tuple[int, int] = (200, 128)
-    profiled: int = 250
-    profiled_users: int = 8
-    context: int = 32768
-
-
-DRY = Plan(
-    device="cuda" if torch.cuda.is_available() else "cpu",
-    sizes=("tiny",),
-    generated=(32, 64),
-    peer_tokens=8,
-    prompt=128,
-    users=(1, 3),
-    rounds=2,
-    user_tokens=(20, 8),
-    profiled=16,
-    profiled_users=3,
-    context=4096,
-)
 
 
 def main() -> int:
@@ -103,7 +61,7 @@ def main() -> int:
     work: dict[str, Callable[[Plan], Iterator[dict[str, Any]]]] = {
         "correctness": lambda plan: _correctness(plan, given.golden),
         "speed": _speed,
-        "profile": _profile,
+        "profile": profile_steps,
         "users": _users,
         "context": _context,
         "memory": _memory,
@@ -117,7 +75,7 @@ def main() -> int:
             if given.json:  # after each row: a call that is cut off leaves what it has
                 text = json.dumps({"machine": machine, "rows": rows}, indent=1)
                 given.json.write_text(text + "\n", encoding="utf-8")
-        _release(plan)
+        release(plan)
         print(f"  ({time.perf_counter() - started:.0f} s)", flush=True)
     return 1 if any(row.get("is_right") is False for row in rows) else 0
 
@@ -158,16 +116,16 @@ def _speed(plan: Plan) -> Iterator[dict[str, Any]]:
     yield {"what": "copy bandwidth, reads and writes", "TB/s": bandwidth / 1e12}
     for size in plan.sizes:
         for weights in ("dense", "int4"):
-            model = _model(plan, size, weights)
+            model = build_model(plan, size, weights)
             name = f"{size} {'bf16' if weights == 'dense' else 'Int4'}"
             if weights == "dense":
                 yield {"what": f"{name}, generate", "tok/s": _peer_speed(model, plan)}
             nbytes = _bytes_per_token(model)
-            engine = _engine(model, max(plan.generated) + plan.prompt + 2)
+            engine = build_engine(model, max(plan.generated) + plan.prompt + 2)
             yield from _one_model(engine, name, plan, bandwidth / nbytes, (size, weights))
             engine.close()
             del model, engine
-            _release(plan)
+            release(plan)
 
 
 def _one_model(
@@ -178,7 +136,7 @@ def _one_model(
     wait_for_compilation()
     reply(engine, [5], 300)  # records the graphs of the first buckets with our kernels
     for place, new_tokens in enumerate(plan.generated):
-        seconds, peak = _timed(partial(reply, engine, [5], new_tokens), plan)
+        seconds, peak = timed(partial(reply, engine, [5], new_tokens), plan)
         speed = (new_tokens + 1) / seconds
         row = {"what": f"{name}, generate {new_tokens}", "tok/s": speed, "of floor": speed / floor}
         row |= {"peak GB": peak / 1e9}
@@ -187,61 +145,17 @@ def _one_model(
         yield row
     prompt = [5 + place % 1000 for place in range(plan.prompt)]
     reply(engine, prompt[:-1], 1)
-    seconds, peak = _timed(lambda: reply(engine, prompt[::-1], 1), plan)
+    seconds, peak = timed(lambda: reply(engine, prompt[::-1], 1), plan)
     yield {"what": f"{name}, prompt of {plan.prompt}", "tok/s": plan.prompt / seconds} | {
         "peak GB": peak / 1e9
     }
 
 
-def _profile(plan: Plan) -> Iterator[dict[str, Any]]:
-    """Say which kernels a step's time goes to, and how long the GPU waits for the next."""
-    for weights, users in (("dense", 1), ("dense", plan.profiled_users), ("int4", 1)):
-        model = _model(plan, plan.sizes[0], weights)
-        name = f"{plan.sizes[0]} {'bf16' if weights == 'dense' else 'Int4'}, {users} users"
-        engine = _engine(model, 4096)
-        steps = plan.profiled
-        work = partial(_together, engine, [[5 + user] for user in range(users)], steps)
-        for _ in range(2):  # the second records the graphs of our kernels
-            work()
-            wait_for_compilation()
-        seconds, _ = _timed(work, plan)
-        kernels = _kernel_times(work)
-        yield {
-            "what": f"{name}, a step of {steps}",
-            "wall ms": seconds / steps * 1e3,
-            "kernels ms": sum(total for total, _ in kernels.values()) / steps * 1e3,
-            "kernels": sum(calls for _, calls in kernels.values()) / steps,
-        }
-        for kernel in sorted(kernels, key=lambda key: -kernels[key][0])[:_KERNELS_SHOWN]:
-            total, calls = kernels[kernel]
-            row = {"us a step": total / steps * 1e6, "us a call": total / calls * 1e6}
-            yield {"what": f"  {kernel[:90]}", **row, "calls": calls / steps}
-        engine.close()
-        del model, engine, work
-        _release(plan)
-
-
-def _kernel_times(work: Callable[[], object]) -> dict[str, tuple[float, int]]:
-    """Return seconds and calls of each kernel that ran on the GPU; none without a GPU."""
-    from torch.profiler import ProfilerActivity, profile
-
-    if not torch.cuda.is_available():
-        return {}
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        work()
-        torch.cuda.synchronize()
-    return {
-        event.key: (event.self_device_time_total / 1e6, event.count)
-        for event in profiler.key_averages()
-        if event.self_device_time_total
-    }
-
-
 def _users(plan: Plan) -> Iterator[dict[str, Any]]:
     """Measure the total speed and the first tokens of several users at once."""
-    model = _model(plan, plan.sizes[0], "dense")
+    model = build_model(plan, plan.sizes[0], "dense")
     length, new_tokens = plan.user_tokens
-    engine = _engine(model, 4096)
+    engine = build_engine(model, 4096)
     prompts = [
         [(7 * user + place) % 1000 + 5 for place in range(length)]
         for user in range(max(plan.users))
@@ -249,14 +163,14 @@ def _users(plan: Plan) -> Iterator[dict[str, Any]]:
     reply(engine, prompts[0], 64)
     wait_for_compilation()
     for users in (*plan.users, *plan.users):  # the first round may move the memory of the second
-        _together(engine, prompts[:users], new_tokens)  # graphs for this many
+        answer_together(engine, prompts[:users], new_tokens)  # graphs for this many
     alone = 0.0
     for users in plan.users:
         totals, firsts = [], []
         for number in range(plan.rounds):
             asked = [[5 + number, *prompt[::-1][1:]] for prompt in prompts[:users]]
             started = time.perf_counter()
-            firsts += _together(engine, asked, new_tokens)
+            firsts += answer_together(engine, asked, new_tokens)
             totals.append(users * new_tokens / (time.perf_counter() - started))
         total = statistics.median(totals)
         alone = alone or total
@@ -270,37 +184,18 @@ def _users(plan: Plan) -> Iterator[dict[str, Any]]:
     engine.close()
 
 
-def _together(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[float]:
-    """Answer prompts at once; return the seconds to each one's first token."""
-    firsts = [0.0] * len(prompts)
-
-    def answer(place: int) -> None:
-        started = time.perf_counter()
-        params = SamplingParams(temperature=0, repetition_penalty=1.0, max_new_tokens=new_tokens)
-        for step in engine.submit(prompts[place], params, cancel=threading.Event()):
-            if step.token_id is not None and not firsts[place]:
-                firsts[place] = time.perf_counter() - started
-
-    threads = [threading.Thread(target=answer, args=(place,)) for place in range(len(prompts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return firsts
-
-
 def _context(plan: Plan) -> Iterator[dict[str, Any]]:
     """Read a long prompt with dynamic NTK and write behind it."""
-    model = _model(plan, plan.sizes[0], "dense")
-    engine = _engine(model, plan.context)
+    model = build_model(plan, plan.sizes[0], "dense")
+    engine = build_engine(model, plan.context)
     new_tokens = min(128, plan.context // 8)
     prompt = [5 + place % 1000 for place in range(plan.context - new_tokens)]
     reply(engine, prompt[: plan.context // 4], 8)
     wait_for_compilation()
     reply(engine, prompt, 8)
     # Two prompts of which nothing is kept: the times differ by the tokens behind the first.
-    read, _ = _timed(lambda: reply(engine, [1, *prompt[1:]], 1), plan)
-    seconds, peak = _timed(lambda: reply(engine, [2, *prompt[1:]], new_tokens), plan)
+    read, _ = timed(lambda: reply(engine, [1, *prompt[1:]], 1), plan)
+    seconds, peak = timed(lambda: reply(engine, [2, *prompt[1:]], new_tokens), plan)
     yield {
         "what": f"{plan.sizes[0]} bf16, context {plan.context}, alpha "
         f"{model.config.ntk_alpha(len(prompt))}",
@@ -315,8 +210,8 @@ def _memory(plan: Plan) -> Iterator[dict[str, Any]]:
     """Run out of memory on purpose: the request fails by name, the next one works."""
     if plan.device != "cuda":
         return
-    model = _model(plan, plan.sizes[0], "dense")
-    engine = _engine(model, plan.context)
+    model = build_model(plan, plan.sizes[0], "dense")
+    engine = build_engine(model, plan.context)
     reply(engine, [5], 16)
     wait_for_compilation()
     before = reply(engine, [5, 6, 7], 16)
@@ -331,7 +226,7 @@ def _memory(plan: Plan) -> Iterator[dict[str, Any]]:
     except QwenError as error:
         outcome = f"failed: {error}"
     del ballast
-    _release(plan)
+    release(plan)
     is_as_before = reply(engine, [5, 6, 7], 16) == before
     yield {
         "what": "out of memory on purpose",
@@ -350,22 +245,12 @@ def copy_bandwidth(device: str) -> float:
     target = torch.empty_like(source)
     best = float("inf")
     for _ in range(8):
-        _synchronize(device)
+        synchronize(device)
         started = time.perf_counter()
         target.copy_(source)
-        _synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - started)
     return 2 * nbytes / best
-
-
-def _model(plan: Plan, size: str, weights: Any) -> Any:
-    dtype = torch.bfloat16
-    return build_random_model(size, device=plan.device, dtype=dtype, weights=weights)
-
-
-def _engine(model: Any, context_length: int) -> Engine:
-    decoder = build_decoder(model)
-    return Engine(model, eos_token_ids=(), context_length=context_length, decoder=decoder)
 
 
 def _bytes_per_token(model: Any) -> int:
@@ -389,31 +274,8 @@ def _peer_speed(model: Any, plan: Plan) -> float:
             model.generate(ids, min_new_tokens=tokens, max_new_tokens=tokens, **options)
 
     run(4)
-    seconds, _ = _timed(lambda: run(plan.peer_tokens), plan)
+    seconds, _ = timed(lambda: run(plan.peer_tokens), plan)
     return plan.peer_tokens / seconds
-
-
-def _timed(work: Callable[[], object], plan: Plan) -> tuple[float, int]:
-    """Return seconds and the peak of the GPU's memory in bytes (0 on a CPU)."""
-    if plan.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    _synchronize(plan.device)
-    started = time.perf_counter()
-    work()
-    _synchronize(plan.device)
-    seconds = time.perf_counter() - started
-    return seconds, torch.cuda.max_memory_reserved() if plan.device == "cuda" else 0
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _release(plan: Plan) -> None:
-    gc.collect()
-    if plan.device == "cuda":
-        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
