@@ -24,6 +24,7 @@ from qwen.decoder import (
     Decoder,
     DecoderSequence,
     Piece,
+    ReadAhead,
     finish,
     project,
 )
@@ -104,7 +105,6 @@ class GraphedDecoder(Decoder):
         super().__init__(model)
         # cuDNN's attention is compiled anew for each length of a prompt: 1.1 s (H200, torch 2.11).
         torch.backends.cuda.enable_cudnn_sdp(False)
-        self.read_ahead = self._read_ahead
         self._record = record or record_cuda_graph
         self._slots: KvSlots | None = None
         self._graphs: dict[tuple[int, int], tuple[Callable[[], None], Tensor]] = {}
@@ -167,6 +167,11 @@ class GraphedDecoder(Decoder):
             if single:
                 logits |= dict(zip(single, self._step(list(single.values())), strict=True))
         return [logits[i] if piece.wants_logits else None for i, piece in enumerate(pieces)]
+
+    @property
+    def read_ahead(self) -> ReadAhead:
+        """See `Decoder.read_ahead`."""
+        return self._read_ahead
 
     def _read_ahead(
         self, sequences: Sequence[DecoderSequence], tokens: Tensor, places: Sequence[int]

@@ -111,16 +111,11 @@ def finish(
 class Decoder:
     """The forward of one model. Not for several threads at once.
 
-    Attributes:
-        read_ahead: See `ReadAhead`; None where the host knows tokens first.
-
     Args:
         model: A loaded model that `check_model` passes. Changed: projections of the same input
             are joined in memory, and with `kernels` all linear layers become `Int8Linear`.
         kernels: Compute with these on the CPU; None computes with torch in the model's dtype.
     """
-
-    read_ahead: ReadAhead | None = None
 
     def __init__(self, model: Any, *, kernels: CpuKernels | None = None) -> None:
         self._weights = collect_weights(model, kernels=kernels)
@@ -136,6 +131,11 @@ class Decoder:
         self.device: torch.device = self._weights.embedding.device
         #: Whether a token's numbers are the same, bit for bit, with whatever others it is read.
         self.is_exact = all(isinstance(linear, Int8Linear) for linear in self._weights.linears)
+
+    @property
+    def read_ahead(self) -> ReadAhead | None:
+        """What reads tokens that the device knows first; None where the host does."""
+        return None
 
     @property
     def vocab_size(self) -> int:

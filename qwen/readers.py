@@ -57,8 +57,6 @@ class Readers(Protocol):
         can_batch: Whether several sequences can be read at once.
         keeps_replies: Whether a later prompt need not read a reply again.
         position_bytes: What a token of context takes; 0 is unknown.
-        read_ahead: As `qwen.decoder.ReadAhead`, of readers. Each of them is to `note` its token
-            before anything else is done with it, unless it is closed without being kept.
     """
 
     device: torch.device
@@ -66,7 +64,6 @@ class Readers(Protocol):
     can_batch: bool
     keeps_replies: bool
     position_bytes: int
-    read_ahead: ReadAhead | None
 
     def start(self, ids: Sequence[int], *, chunk: int, expected: int) -> SequenceReader:
         """Begin a sequence; some of the prompt may have been read (`num_read`), never all of it.
@@ -86,6 +83,15 @@ class Readers(Protocol):
 
         Returns:
             For each the logits, (vocab_size,), or None where they are not wanted.
+        """
+        ...
+
+    @property
+    def read_ahead(self) -> ReadAhead | None:
+        """What does as `qwen.decoder.ReadAhead`, with readers; None where the host knows first.
+
+        Each of them is to `note` its token before anything else is done with it, unless it is
+        closed without being kept.
         """
         ...
 
@@ -170,12 +176,16 @@ class DecoderReaders:
         self.device, self.is_exact = decoder.device, decoder.is_exact
         self.can_batch, self.position_bytes = True, decoder.position_bytes
         self.keeps_replies = self.is_exact and prefix_bytes > 0
-        self.read_ahead: ReadAhead | None = self._read_ahead if decoder.read_ahead else None
 
     @property
     def kept_bytes(self) -> int:
         """See `Readers`."""
         return self._kept.nbytes
+
+    @property
+    def read_ahead(self) -> ReadAhead | None:
+        """See `Readers`."""
+        return self._read_ahead if self._decoder.read_ahead else None
 
     def start(self, ids: Sequence[int], *, chunk: int, expected: int) -> SequenceReader:
         """See `Readers`."""

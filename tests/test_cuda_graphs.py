@@ -1,7 +1,9 @@
 """The GPU's way of decoding, run on a CPU where a "graph" just repeats the work."""
 
+import gc
 import logging
 import threading
+import weakref
 
 import golden_v1
 import pytest
@@ -16,6 +18,7 @@ from qwen.decoder_ops import TorchOps
 from qwen.engine import Engine
 from qwen.errors import BackendFailed
 from qwen.messages import SamplingParams
+from qwen.readers import DecoderReaders
 
 MODELS = {"qwen2": build_tiny_model, "qwen1": golden_v1.load_tiny}
 
@@ -194,8 +197,11 @@ class AheadDecoder(GraphedDecoder):
 
     def __init__(self, model, **options):
         super().__init__(model, record=Repeat(), **options)
-        self.num_ahead, self.fault = 0, None
-        self.read_ahead = self._count_ahead
+        self.num_ahead, self.fault, self.waits = 0, None, False
+
+    @property
+    def read_ahead(self):
+        return None if self.waits else self._count_ahead
 
     def _count_ahead(self, sequences, tokens, places):
         self.num_ahead += len(sequences)
@@ -206,7 +212,7 @@ class AheadDecoder(GraphedDecoder):
 
 def test_tokens_read_before_the_host_knows_them_change_no_reply(make):
     plain = AheadDecoder(make())
-    plain.read_ahead = None
+    plain.waits = True
     first = sampled_replies(make, plain, eos=())
     eos = {first[3][4][0], first[5][20][0]}  # ends some replies early
     expected = sampled_replies(make, plain, eos=eos)
@@ -253,7 +259,7 @@ def test_growing_alpha_begins_anew_what_was_read_ahead():
         return [[step.token_id for step in steps] for steps in asked]
 
     plain, decoder = (AheadDecoder(golden_v1.load_tiny()) for _ in range(2))
-    plain.read_ahead = None
+    plain.waits = True
     assert replies(decoder) == replies(plain)
     assert decoder.num_ahead > 100
 
@@ -282,6 +288,19 @@ def test_cancelled_reply_leaves_others_that_are_read_ahead_as_they_are(make):
             assert told[place] == alone[place]
     wait_until(lambda: engine.load == (0, 0))
     assert not decoder._slots.used
+
+
+def test_model_that_nobody_uses_is_let_go_at_once():
+    gc.disable()
+    try:
+        decoder = GraphedDecoder(build_tiny_model(), record=Repeat())
+        readers = DecoderReaders(decoder, prefix_bytes=1000, max_length=100)
+        assert readers.read_ahead is not None
+        left = weakref.ref(decoder)
+        del decoder, readers
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_numbers_that_are_none_ahead_end_one_reply_only(make):
@@ -340,6 +359,13 @@ def compile_and_wait(decoder):
             thread.join()
 
 
+def assert_reads_as_the_plain_one(decoder):
+    ids = prompt(20)
+    actual, _ = read(decoder, ids, 10)
+    expected, _ = read(Decoder(build_tiny_model()), ids, 10)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_compiled_parts_are_used_from_the_next_sequence_on():
     used = []
 
@@ -353,10 +379,7 @@ def test_compiled_parts_are_used_from_the_next_sequence_on():
     )
     compile_and_wait(decoder)
     used.clear()
-    ids = prompt(20)
-    actual, _ = read(decoder, ids, 10)
-    expected, _ = read(Decoder(build_tiny_model()), ids, 10)
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    assert_reads_as_the_plain_one(decoder)
     assert set(used) == {1}  # prompts are read without them
 
 
@@ -371,10 +394,7 @@ def test_kernels_that_compute_something_else_are_not_used(caplog):
         )
         compile_and_wait(decoder)
     assert "slower: compiled kernels compute wrongly here" in caplog.text
-    ids = prompt(20)
-    actual, _ = read(decoder, ids, 10)
-    expected, _ = read(Decoder(build_tiny_model()), ids, 10)
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    assert_reads_as_the_plain_one(decoder)
 
 
 def test_compilation_that_fails_is_named_in_the_log_and_decoding_goes_on(caplog):
@@ -385,10 +405,7 @@ def test_compilation_that_fails_is_named_in_the_log_and_decoding_goes_on(caplog)
         decoder = GraphedDecoder(build_tiny_model(), record=Repeat(), make_parts=fail)
         compile_and_wait(decoder)
     assert "slower: no compiler found" in caplog.text
-    ids = prompt(20)
-    actual, _ = read(decoder, ids, 10)
-    expected, _ = read(Decoder(build_tiny_model()), ids, 10)
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    assert_reads_as_the_plain_one(decoder)
 
 
 @pytest.mark.gpu
