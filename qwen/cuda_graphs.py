@@ -169,6 +169,11 @@ class GraphedDecoder(Decoder):
         return [logits[i] if piece.wants_logits else None for i, piece in enumerate(pieces)]
 
     @property
+    def has_own_kernels(self) -> bool:
+        """Whether the next sequence is read by kernels of our own."""
+        return bool(self._compiled) or self._step_parts.ops is not self._ops
+
+    @property
     def read_ahead(self) -> ReadAhead:
         """See `Decoder.read_ahead`."""
         return self._read_ahead
@@ -326,25 +331,30 @@ class GraphedDecoder(Decoder):
         hidden = torch.linspace(-1, 1, rows * weights.embedding.shape[1], **options).view(rows, -1)
         memory = torch.zeros(2, rows, weights.num_kv_heads, 32, weights.head_dim, **options)
         qkv = project(ops, layer, hidden, weights.eps)
-        _check(qkv, project(self._ops, layer, hidden, weights.eps))
+        _check("a product", qkv, project(self._ops, layer, hidden, weights.eps))
         longest = 1
         while longest <= _LONGEST_TRIED:
             # Only the first position is read.
             attended = parts.attend(rotation, longest, weights.scale)(qkv, *memory)
-            _check(attended, attend_masked(rotation, longest, weights.scale)(qkv, *memory.clone()))
+            expected = attend_masked(rotation, longest, weights.scale)(qkv, *memory.clone())
+            _check("attention", attended, expected)
             longest *= 2
         actual = finish(ops, layer, hidden.clone(), attended, weights.eps)
-        _check(actual, finish(self._ops, layer, hidden, attended, weights.eps))
+        _check("a product", actual, finish(self._ops, layer, hidden, attended, weights.eps))
         if parts.attend_prompts is not None and has_flash_attention(memory):
-            prompts = [PromptRows(1, 1, row * weights.num_kv_heads * 32) for row in range(rows)]
-            _check(parts.attend_prompts(rotation, prompts, weights.scale)(qkv, *memory), attended)
+            offsets = torch.arange(rows, device=self.device) * (weights.num_kv_heads * 32)
+            prompts = [PromptRows(1, 1, offset) for offset in offsets.tolist()]
+            rotation = replace(rotation, positions=rotation.positions + offsets)
+            together = parts.attend_prompts(rotation, prompts, weights.scale)(qkv, *memory)
+            _check("attention of prompts", together, attended)
 
 
-def _check(actual: Tensor, expected: Tensor) -> None:
+def _check(name: str, actual: Tensor, expected: Tensor) -> None:
     """Refuse numbers that are not torch's: a form that a compiler or torch has changed."""
-    error = (actual.float() - expected.float()).norm()
-    if not error <= _LIMITS[actual.itemsize] * expected.float().norm() + 1e-6:
-        raise RuntimeError("compiled kernels compute wrongly here")
+    error = (actual.float() - expected.float()).norm() / (expected.float().norm() + 1e-6)
+    if not error <= _LIMITS[actual.itemsize]:
+        rows, share = len(actual), float(error)
+        raise RuntimeError(f"{name} of {rows} rows is off by {share:.2g} when compiled here")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import re
 import threading
 import weakref
 
@@ -17,6 +18,7 @@ from qwen.decoder import Decoder, Piece
 from qwen.decoder_ops import TorchOps
 from qwen.engine import Engine
 from qwen.errors import BackendFailed
+from qwen.evals.gpu_checks import wait_for_compilation
 from qwen.messages import SamplingParams
 from qwen.readers import DecoderReaders
 
@@ -353,12 +355,6 @@ def fail_to_record(work):
     raise RuntimeError("no graph")
 
 
-def compile_and_wait(decoder):
-    for thread in threading.enumerate():
-        if thread.name == "compile":
-            thread.join()
-
-
 def assert_reads_as_the_plain_one(decoder):
     ids = prompt(20)
     actual, _ = read(decoder, ids, 10)
@@ -377,7 +373,7 @@ def test_compiled_parts_are_used_from_the_next_sequence_on():
     decoder = GraphedDecoder(
         build_tiny_model(), record=Repeat(), make_parts=lambda: StepParts(CountingOps())
     )
-    compile_and_wait(decoder)
+    wait_for_compilation()
     used.clear()
     assert_reads_as_the_plain_one(decoder)
     assert set(used) == {1}  # prompts are read without them
@@ -392,8 +388,9 @@ def test_kernels_that_compute_something_else_are_not_used(caplog):
         decoder = GraphedDecoder(
             build_tiny_model(), record=Repeat(), make_parts=lambda: StepParts(WrongOps())
         )
-        compile_and_wait(decoder)
-    assert "slower: compiled kernels compute wrongly here" in caplog.text
+        wait_for_compilation()
+    assert re.search(r"slower: a product of 1 rows is off by 0\.\d+ when compiled", caplog.text)
+    assert not decoder.has_own_kernels
     assert_reads_as_the_plain_one(decoder)
 
 
@@ -403,7 +400,7 @@ def test_compilation_that_fails_is_named_in_the_log_and_decoding_goes_on(caplog)
 
     with caplog.at_level(logging.WARNING):
         decoder = GraphedDecoder(build_tiny_model(), record=Repeat(), make_parts=fail)
-        compile_and_wait(decoder)
+        wait_for_compilation()
     assert "slower: no compiler found" in caplog.text
     assert_reads_as_the_plain_one(decoder)
 
@@ -417,6 +414,7 @@ def test_cuda_graphs_equal_the_transformers_classes(make, compiled):
     with torch.inference_mode():
         expected = model(ids[None], use_cache=False).logits[0, 39:]
     decoder = GraphedDecoder(model, make_parts=make_step_parts if compiled else None)
-    compile_and_wait(decoder)
+    wait_for_compilation()
+    assert decoder.has_own_kernels == compiled
     actual, _ = read(decoder, ids, 40)
     torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,10 +16,11 @@ import torch
 from golden_v1 import load_tiny
 from tiny_model import build_tiny_model
 
-from qwen import int4_kernels
-from qwen.cuda_graphs import GraphedDecoder, StepParts
+from qwen import cuda_graphs, int4_kernels
+from qwen.cuda_graphs import GraphedDecoder, StepParts, make_step_parts
 from qwen.decoder import Decoder, Piece
 from qwen.decoder_ops import PromptRows, Rotation, attend_masked, rotate_and_store
+from qwen.evals.gpu_checks import wait_for_compilation
 from qwen.quantized import Int4Linear
 from qwen.step_inputs import compute_rotation
 
@@ -303,6 +305,36 @@ def test_steps_by_our_kernels_equal_the_plain_decoders(attention, make):
     with torch.inference_mode():
         actual, expected = read(decoder, ids), read(Decoder(make().to(DEVICE)), ids)
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [build_tiny_model, load_tiny])
+def test_our_kernels_pass_the_comparison_with_torchs(attention, monkeypatch, caplog, make):
+    from qwen.gpu_ops import GpuOps
+
+    monkeypatch.setattr(cuda_graphs, "_ROWS_TRIED", (1, 4))
+    monkeypatch.setattr(cuda_graphs, "_LONGEST_TRIED", 2)
+    monkeypatch.setattr(cuda_graphs, "has_flash_attention", lambda states: True)
+    parts = StepParts(
+        GpuOps(),
+        rotation=attention.compute_rotation,
+        attend=attention.attend_rows,
+        attend_prompts=attend_one_by_one(attention.rotate_and_store),
+    )
+    with caplog.at_level(logging.INFO):
+        decoder = GraphedDecoder(make().to(DEVICE), make_parts=lambda: parts)
+        wait_for_compilation()
+    assert "kernels of the decode loop are compiled" in caplog.text
+    assert decoder.has_own_kernels
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [build_tiny_model, load_tiny])
+def test_compiled_kernels_pass_the_comparison_with_torchs(make, dtype):
+    decoder = GraphedDecoder(make().to("cuda", dtype), make_parts=make_step_parts)
+    wait_for_compilation()
+    assert decoder.has_own_kernels
 
 
 @pytest.mark.gpu
