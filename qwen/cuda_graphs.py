@@ -187,10 +187,7 @@ class GraphedDecoder(Decoder):
             return list(torch.stack(self._step(pieces, tokens)))
 
     def forward(self, ids: Tensor, spans: Sequence[Span], stores: Sequence[KvStore]) -> Tensor:
-        """See `Decoder.forward`; all prompts attend at once as soon as there is what does it.
-
-        What comes before and after attention is torch's: for many rows it is as fast.
-        """
+        """See `Decoder.forward`; all prompts attend at once as soon as there is what does it."""
         prepare, slots = self._step_parts.attend_prompts, self._slots
         if prepare is None or slots is None:
             return super().forward(ids, spans, stores)
@@ -211,7 +208,7 @@ class GraphedDecoder(Decoder):
         def attend(index: int, qkv: Tensor) -> Tensor:
             return attend_layer(qkv, *slots.layer(index))
 
-        return self._layers(ids, attend, self._ops)
+        return self._layers(ids, attend, self._step_parts.ops)
 
     def _take_slot(self, capacity: int, max_capacity: int | None) -> KvSlot:
         if self._slots is None:

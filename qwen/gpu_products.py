@@ -34,8 +34,12 @@ _INT4_BLOCKS: tuple[tuple[int, int, dict[str, int]], ...] = (
     (16384, 0, {"PAIRS": 1, "GROUPS": 8, "maxnreg": 128}),
     (32768, 0, {"PAIRS": 1, "GROUPS": 16, "maxnreg": 128}),
 )
-#: Rows that the 4-bit kernel takes.
-MAX_INT4_ROWS = 8
+#: Rows that the 4-bit kernel takes at a time, and up to how many it is the fastest way.
+_INT4_ROWS, MAX_INT4_ROWS = 8, 32
+
+#: Rows of 128 weights that a program unpacks, and outputs that are unpacked at a time: 33 MB of a
+#: 7B model, which a large GPU's cache holds until they are multiplied.
+_UNPACKED_ROWS, _UNPACKED_OUTPUTS = 16, 4096
 
 #: Gates that a program computes.
 _GATES_AT_ONCE = 1024
@@ -123,7 +127,7 @@ def multiply_rows_int4(
     """Multiply as `qwen.int4_kernels.multiply`, a GPU's packed form, and add.
 
     Args:
-        x: (rows, inputs) bfloat16, up to `MAX_INT4_ROWS`; sizes that `can_multiply_int4`.
+        x: (rows, inputs) bfloat16; sizes that `can_multiply_int4`.
         packed: See `qwen.int4_kernels.pack`.
         scales: See `qwen.int4_kernels.multiply`.
         bias: (outputs,).
@@ -135,22 +139,79 @@ def multiply_rows_int4(
     """
     rows, inputs = x.shape
     outputs = scales.shape[1]
-    assert x.dtype == COMPUTE_DTYPE and rows <= MAX_INT4_ROWS
+    assert x.dtype == COMPUTE_DTYPE
     block = next(own for most, least, own in _INT4_BLOCKS if inputs <= most and outputs >= least)
     out = x.new_empty(rows, outputs // 2 if is_gated else outputs)
+    pairs, scale_pairs = x.contiguous().view(torch.int32), scales.view(torch.int32)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]
-        triton_products.int4_rows[(outputs // (2 * block["PAIRS"] * _TILE_OUTPUTS),)](
-            x.contiguous().view(torch.int32), packed, scales.view(torch.int32), bias, add, out,
-            rows, inputs, outputs,
-            HAS_BIAS=bias is not None,
-            HAS_ADD=add is not None,
-            IS_GATED=is_gated,
-            IS_SINGLE=rows == 1,
-            IS_COMPILED=IS_COMPILED,
-            STEPS=triton.cdiv(inputs // _TILE_INPUTS, block["GROUPS"]),
-            num_warps=block["GROUPS"],
-            **block,
-            **chain(x.device),
+        for first in range(0, rows, _INT4_ROWS):
+            own = slice(first, first + _INT4_ROWS)
+            count = min(rows - first, _INT4_ROWS)
+            triton_products.int4_rows[(outputs // (2 * block["PAIRS"] * _TILE_OUTPUTS),)](
+                pairs[own], packed, scale_pairs, bias, None if add is None else add[own], out[own],
+                count, inputs, outputs,
+                HAS_BIAS=bias is not None,
+                HAS_ADD=add is not None,
+                IS_GATED=is_gated,
+                IS_SINGLE=count == 1,
+                IS_COMPILED=IS_COMPILED,
+                STEPS=triton.cdiv(inputs // _TILE_INPUTS, block["GROUPS"]),
+                num_warps=block["GROUPS"],
+                **block,
+                **chain(x.device),
+            )  # fmt: skip
+    return out
+
+
+def multiply_many_int4(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    add: Tensor | None = None,
+) -> Tensor:
+    """Multiply as `multiply_rows_int4` so many rows that unpacking the weights pays.
+
+    Args:
+        x: (rows, inputs) bfloat16.
+        packed: As there.
+        scales: As there.
+        bias: As there.
+        add: As there; changed.
+    """
+    out = x.new_empty(len(x), scales.shape[1]) if add is None else add
+    for first in range(0, scales.shape[1], _UNPACKED_OUTPUTS):
+        own = slice(first, first + _UNPACKED_OUTPUTS)
+        tiles = slice(first // _TILE_OUTPUTS, own.stop // _TILE_OUTPUTS)
+        weight = unpack_int4(packed[tiles], scales[:, own]).t()
+        part = out[:, own]
+        if add is not None:
+            part.addmm_(x, weight)
+        elif bias is not None:
+            torch.addmm(bias[own], x, weight, out=part)
+        else:
+            torch.mm(x, weight, out=part)
+    return out if add is None or bias is None else out.add_(bias)
+
+
+def unpack_int4(packed: Tensor, scales: Tensor) -> Tensor:
+    """Return the weights that `multiply_rows_int4` multiplies by, of all outputs or some.
+
+    Args:
+        packed: See `qwen.int4_kernels.pack`, in groups of 128 inputs.
+        scales: See `qwen.int4_kernels.multiply`; may be those of some outputs, a view.
+
+    Returns:
+        (outputs, inputs) bfloat16.
+    """
+    tiles, groups = packed.shape[:2]
+    pairs = scales.view(torch.int32)
+    out = scales.new_empty(tiles * _TILE_OUTPUTS, groups * _TILE_INPUTS)
+    with torch.cuda.device_of(packed):  # type: ignore[no-untyped-call]
+        programs = tiles, triton.cdiv(groups * _TILE_OUTPUTS, _UNPACKED_ROWS)
+        triton_products.int4_weights[programs](
+            packed, pairs, out.view(torch.int32), groups, pairs.stride(0),
+            ROWS=_UNPACKED_ROWS, num_warps=4, **chain(packed.device),
         )  # fmt: skip
     return out
 

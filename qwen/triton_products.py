@@ -312,6 +312,39 @@ def _sum_int4(words, x, GROUPS: tl.constexpr):
 
 
 @triton.jit
+def int4_weights(
+    packed_ptr, scales_ptr, out_ptr, groups, stride, ROWS: tl.constexpr, CHAINED: tl.constexpr
+):
+    """Unpack 4-bit weights of 8 outputs, `ROWS` / 8 groups; see `int4_rows`.
+
+    Each pair of weights looks up its word, so that those written together lie together.
+
+    Shapes: packed (outputs / 8, groups, 128) int32; scales (groups, outputs) int32, pairs of
+    bfloat16, by their `stride`; out (outputs, groups * 64) int32, pairs of bfloat16.
+    """
+    if CHAINED:
+        gdc_launch_dependents()
+        gdc_wait()
+    tile = tl.program_id(0)
+    rows, pairs = tl.arange(0, ROWS)[:, None], tl.arange(0, 64)[None, :]
+    group, output = tl.program_id(1) * (ROWS // 8) + rows // 8, rows % 8
+    is_inside = group < groups
+    place = (tile * groups + group) * 128 + output * 16 + pairs // 16 * 4 + pairs % 4
+    codes = tl.load(packed_ptr + place, mask=is_inside, other=0) >> 4 * (pairs // 4 % 4)
+    scales = tl.load(scales_ptr + group * stride + tile * 8 + output, mask=is_inside, other=0)
+    first = ((codes & 15) - 8).to(tl.float32) * _first(scales) + _second(scales)
+    second = ((codes >> 16 & 15) - 8).to(tl.float32) * _first(scales) + _second(scales)
+    place = ((tile * 8 + output) * groups + group) * 64 + pairs
+    tl.store(out_ptr + place, _bits(first) | _bits(second) << 16, mask=is_inside)
+
+
+@triton.jit
+def _bits(numbers):
+    """Round float32 to bfloat16; its bits, in an int32."""
+    return numbers.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+
+
+@triton.jit
 def _first(pairs):
     """Return the first of two bfloat16 numbers, as float32."""
     return (pairs << 16).to(tl.float32, bitcast=True)

@@ -95,7 +95,7 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 8])
+@pytest.mark.parametrize("rows", [1, 5, 8, 17])
 @pytest.mark.parametrize(
     ("inputs", "outputs", "block"), [(128, 64, (1, 1)), (640, 32, (1, 4)), (640, 64, (2, 2))]
 )
@@ -116,6 +116,35 @@ def test_rows_times_int4_matrix(products, monkeypatch, inputs, outputs, block, r
     assert relative_error(actual, gated(exact)) < 1.6e-2  # rounds three times
     exact = exact + bias.double() + add.double()
     assert relative_error(products.multiply_rows_int4(x, packed, scales, bias, add), exact) < 8e-3
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(128, 16), (1408, 32)])
+def test_unpacked_int4_weights(products, inputs, outputs):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8, generator=generator)
+    scales = random(inputs // 128, outputs, 2, seed=1) * 0.01
+    scale, offset = scales.double().repeat_interleave(128, 0).unbind(-1)
+    packed = pack(codes.to(DEVICE))
+    exact = ((codes.to(DEVICE).double().t() - 8) * scale + offset).t()
+    assert relative_error(products.unpack_int4(packed, scales), exact) < 5e-3
+    part = products.unpack_int4(packed[1:], scales[:, 8:])
+    assert relative_error(part, exact[8:]) < 5e-3
+
+
+@pytest.mark.parametrize("outputs_at_once", [16, 48])
+def test_many_rows_times_int4_matrix(products, monkeypatch, outputs_at_once):
+    monkeypatch.setattr(products, "_UNPACKED_OUTPUTS", outputs_at_once)
+    inputs, outputs, rows = 256, 48, 70
+    codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8)
+    packed, scales = pack(codes.to(DEVICE)), random(2, outputs, 2, seed=1) * 0.01
+    x, bias, add = random(rows, inputs), random(outputs, seed=2), random(rows, outputs, seed=3)
+    exact = x.double() @ products.unpack_int4(packed, scales).double().t()
+    multiply = products.multiply_many_int4
+    assert relative_error(multiply(x, packed, scales), exact) < 8e-3
+    assert relative_error(multiply(x, packed, scales, bias), exact + bias) < 8e-3
+    assert relative_error(multiply(x, packed, scales, None, add.clone()), exact + add) < 8e-3
+    both = multiply(x, packed, scales, bias, add.clone())
+    assert relative_error(both, exact + bias + add) < 1.6e-2  # rounds twice
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -164,7 +193,9 @@ def test_chained_kernels_ask_for_weights_before_they_wait_and_touch_nothing_else
             assert "st.global" not in kernel["events"][:waits], name
             assert "ld.global" in kernel["events"][waits:] or "cp.async.c" in kernel["events"], name
             loads[name] = kernel["events"][:waits].count("ld.global")
-    assert {name for name, count in loads.items() if not count} == {"gate", "attend_rows"}
+    assert {name for name, count in loads.items() if not count} == {
+        "gate", "int4_weights", "attend_rows",
+    }  # fmt: skip
     assert {name for name, count in loads.items() if count} == {
         "rms_norm", "dense_row", "int4_rows of one", "int4_rows",
     }  # fmt: skip
