@@ -37,9 +37,8 @@ _INT4_BLOCKS: tuple[tuple[int, int, dict[str, int]], ...] = (
 #: Rows that the 4-bit kernel takes at a time, and up to how many it is the fastest way.
 _INT4_ROWS, MAX_INT4_ROWS = 8, 32
 
-#: Rows of 128 weights that a program unpacks, and outputs that are unpacked at a time: 33 MB of a
-#: 7B model, which a large GPU's cache holds until they are multiplied.
-_UNPACKED_ROWS, _UNPACKED_OUTPUTS = 16, 4096
+#: Rows of 128 weights that a program unpacks.
+_UNPACKED_ROWS = 16
 
 #: Gates that a program computes.
 _GATES_AT_ONCE = 1024
@@ -179,38 +178,29 @@ def multiply_many_int4(
         bias: As there.
         add: As there; changed.
     """
-    out = x.new_empty(len(x), scales.shape[1]) if add is None else add
-    for first in range(0, scales.shape[1], _UNPACKED_OUTPUTS):
-        own = slice(first, first + _UNPACKED_OUTPUTS)
-        tiles = slice(first // _TILE_OUTPUTS, own.stop // _TILE_OUTPUTS)
-        weight = unpack_int4(packed[tiles], scales[:, own]).t()
-        part = out[:, own]
-        if add is not None:
-            part.addmm_(x, weight)
-        elif bias is not None:
-            torch.addmm(bias[own], x, weight, out=part)
-        else:
-            torch.mm(x, weight, out=part)
-    return out if add is None or bias is None else out.add_(bias)
+    weight = unpack_int4(packed, scales)
+    if add is None:
+        return torch.nn.functional.linear(x, weight, bias)
+    result = add.addmm_(x, weight.t())
+    return result if bias is None else result.add_(bias)
 
 
 def unpack_int4(packed: Tensor, scales: Tensor) -> Tensor:
-    """Return the weights that `multiply_rows_int4` multiplies by, of all outputs or some.
+    """Return the weights that `multiply_rows_int4` multiplies by.
 
     Args:
         packed: See `qwen.int4_kernels.pack`, in groups of 128 inputs.
-        scales: See `qwen.int4_kernels.multiply`; may be those of some outputs, a view.
+        scales: See `qwen.int4_kernels.multiply`.
 
     Returns:
         (outputs, inputs) bfloat16.
     """
     tiles, groups = packed.shape[:2]
-    pairs = scales.view(torch.int32)
     out = scales.new_empty(tiles * _TILE_OUTPUTS, groups * _TILE_INPUTS)
     with torch.cuda.device_of(packed):  # type: ignore[no-untyped-call]
         programs = tiles, triton.cdiv(groups * _TILE_OUTPUTS, _UNPACKED_ROWS)
         triton_products.int4_weights[programs](
-            packed, pairs, out.view(torch.int32), groups, pairs.stride(0),
+            packed, scales.view(torch.int32), out.view(torch.int32), groups,
             ROWS=_UNPACKED_ROWS, num_warps=4, **chain(packed.device),
         )  # fmt: skip
     return out

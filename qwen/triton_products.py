@@ -313,14 +313,14 @@ def _sum_int4(words, x, GROUPS: tl.constexpr):
 
 @triton.jit
 def int4_weights(
-    packed_ptr, scales_ptr, out_ptr, groups, stride, ROWS: tl.constexpr, CHAINED: tl.constexpr
+    packed_ptr, scales_ptr, out_ptr, groups, ROWS: tl.constexpr, CHAINED: tl.constexpr
 ):
     """Unpack 4-bit weights of 8 outputs, `ROWS` / 8 groups; see `int4_rows`.
 
     Each pair of weights looks up its word, so that those written together lie together.
 
-    Shapes: packed (outputs / 8, groups, 128) int32; scales (groups, outputs) int32, pairs of
-    bfloat16, by their `stride`; out (outputs, groups * 64) int32, pairs of bfloat16.
+    Shapes: packed (outputs / 8, groups, 128) int32; scales (groups, outputs) and out
+    (outputs, groups * 64) int32, pairs of bfloat16.
     """
     if CHAINED:
         gdc_launch_dependents()
@@ -331,7 +331,8 @@ def int4_weights(
     is_inside = group < groups
     place = (tile * groups + group) * 128 + output * 16 + pairs // 16 * 4 + pairs % 4
     codes = tl.load(packed_ptr + place, mask=is_inside, other=0) >> 4 * (pairs // 4 % 4)
-    scales = tl.load(scales_ptr + group * stride + tile * 8 + output, mask=is_inside, other=0)
+    place = (group * tl.num_programs(0) + tile) * 8 + output
+    scales = tl.load(scales_ptr + place, mask=is_inside, other=0)
     first = ((codes & 15) - 8).to(tl.float32) * _first(scales) + _second(scales)
     second = ((codes >> 16 & 15) - 8).to(tl.float32) * _first(scales) + _second(scales)
     place = ((tile * 8 + output) * groups + group) * 64 + pairs

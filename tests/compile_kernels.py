@@ -67,8 +67,7 @@ def kernels() -> dict[str, tuple[Any, dict[str, str], dict[str, Any], int]]:
         "int4_rows": (products.int4_rows, int4, INT4 | {"IS_SINGLE": False}, 4),
         "int4_weights": (
             products.int4_weights,
-            {name: INT32 for name in ("packed_ptr", "scales_ptr", "out_ptr")}
-            | {"groups": "i32", "stride": "i32"},
+            dict.fromkeys(("packed_ptr", "scales_ptr", "out_ptr"), INT32) | {"groups": "i32"},
             {"ROWS": 16, "CHAINED": True},
             4,
         ),
