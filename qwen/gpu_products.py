@@ -26,12 +26,17 @@ _DENSE_BLOCK = {"ROWS": 2, "COLUMNS": 2048, "num_warps": 8}
 #: The packed form's tiles, which the 4-bit kernel knows: outputs, and inputs, a group's.
 _TILE_OUTPUTS, _TILE_INPUTS = 8, 128
 #: Up to so many inputs and from so many outputs on: groups that a program of the 4-bit kernel
-#: reads at a time, each by a warp, and pairs of tiles. The fastest on an H200 for the matrices of a
-#: 7B model. `maxnreg` decides how many programs fit beside each other.
+#: reads at a time, each by a warp, and pairs of tiles. The fastest on an H200 for the matrices of
+#: 7B and 14B. All weights of a program lie in registers, and `maxnreg` decides how many programs
+#: fit beside each other: too few registers, and the compiler moves some to memory.
 _INT4_BLOCKS: tuple[tuple[int, int, dict[str, int]], ...] = (
-    (5120, 16384, {"PAIRS": 2, "GROUPS": 4}),
-    (5120, 8192, {"PAIRS": 1, "GROUPS": 4, "maxnreg": 168}),
-    (16384, 0, {"PAIRS": 1, "GROUPS": 8, "maxnreg": 128}),
+    (4096, 16384, {"PAIRS": 2, "GROUPS": 4}),
+    (4096, 8192, {"PAIRS": 1, "GROUPS": 4, "maxnreg": 168}),
+    (4096, 0, {"PAIRS": 1, "GROUPS": 8, "maxnreg": 128}),
+    (5120, 8192, {"PAIRS": 1, "GROUPS": 8, "maxnreg": 128}),
+    (5120, 0, {"PAIRS": 1, "GROUPS": 4, "maxnreg": 168}),
+    (12288, 0, {"PAIRS": 1, "GROUPS": 8, "maxnreg": 128}),
+    (16384, 0, {"PAIRS": 1, "GROUPS": 8}),
     (32768, 0, {"PAIRS": 1, "GROUPS": 16, "maxnreg": 128}),
 )
 #: Rows that the 4-bit kernel takes at a time, and up to how many it is the fastest way.
