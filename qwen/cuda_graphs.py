@@ -10,6 +10,7 @@ sequence or a step of several. Prompts are read without graphs. Source: the CUDA
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -50,8 +51,10 @@ _FIRST_CAPACITY = 2048
 _FIRST_BUCKET = 256
 #: From there on attention is as for so many positions.
 _LONGEST_TRIED = 65536
-#: Rows whose kernels are compiled ahead, the powers of two that graphs have.
-_ROWS_TRIED = (1, 2, 4, 8, 16, 32)
+#: Rows whose kernels are compiled ahead: the powers of two that graphs have, and a prompt's.
+_ROWS_TRIED = (1, 2, 4, 8, 16, 32, 64)
+#: Positions of all rows before those that are read while kernels are tried; less than a bucket.
+_POSITIONS_TRIED = 240
 #: By how much a layer of our kernels may differ from torch's, relatively, in 16 bits and in 32.
 _LIMITS = {2: 3e-2, 4: 1e-3}
 
@@ -62,7 +65,7 @@ AttendPrompts = Callable[[Rotation, Sequence[PromptRows], float], Attend]
 
 @dataclass(frozen=True, slots=True)
 class StepParts:
-    """What a step is computed with.
+    """What steps and prompts are computed with.
 
     Attributes:
         ops: Of what comes before and after attention.
@@ -112,17 +115,25 @@ class GraphedDecoder(Decoder):
         self._inputs: dict[int, StepInputs] = {}
         self._step_parts = StepParts(self._ops)
         self._compiled: deque[StepParts] = deque()
+        self._compiler: threading.Thread | None = None
         if make_parts is not None:
-            threading.Thread(
+            self._compiler = threading.Thread(
                 target=self._compile, args=(make_parts,), name="compile", daemon=True
-            ).start()
+            )
+            self._compiler.start()
+
+    def settle(self) -> None:
+        """See `Decoder.settle`: waits until our kernels are compiled."""
+        if self._compiler is not None:
+            self._compiler.join()
 
     def start(
         self, prompt_length: int, *, capacity: int = 0, max_capacity: int | None = None
     ) -> DecoderSequence:
         """See `Decoder.start`; holds a slot until it is put aside or discarded."""
+        table, alpha = self._table(prompt_length)  # before there is a slot to lose
         slot = self._take_slot(max(capacity, prompt_length + 1), max_capacity)
-        return DecoderSequence(slot, *self._table(prompt_length))
+        return DecoderSequence(slot, table, alpha)
 
     def park(self, sequence: DecoderSequence) -> DecoderSequence:
         """See `Decoder.park`: copies the sequence out of its slot."""
@@ -144,7 +155,7 @@ class GraphedDecoder(Decoder):
     def fork(self, sequence: DecoderSequence, *, length: int) -> DecoderSequence:
         """See `Decoder.fork`: copies the sequence into a slot."""
         slot = self._take_slot(length + 1, None)
-        slot.assign(sequence.store, length)
+        slot.assign(sequence.store, length)  # needs no memory: the slot has room
         return DecoderSequence(slot, sequence.table, sequence.alpha)
 
     def read(self, ids: Tensor, sequence: DecoderSequence) -> Tensor:
@@ -271,7 +282,6 @@ class GraphedDecoder(Decoder):
         bucket = _FIRST_BUCKET
         while bucket <= position:
             bucket *= 2
-        bucket = min(bucket, slots.capacity)
         if (rows, bucket) not in self._graphs:
             self._graphs[rows, bucket] = self._record(
                 lambda: self._read_rows(slots, inputs, bucket)
@@ -323,15 +333,19 @@ class GraphedDecoder(Decoder):
             RuntimeError: A kernel computes something else than torch.
         """
         weights, ops = self._weights, parts.ops
-        rotation = StepInputs(rows, self._table(1)[0]).rotation(parts.rotation)
-        options: dict[str, Any] = {"dtype": self._dtype, "device": self.device}
-        hidden = torch.linspace(-1, 1, rows * weights.embedding.shape[1], **options).view(rows, -1)
-        memory = torch.zeros(2, rows, weights.num_kv_heads, 32, weights.head_dim, **options)
+        inputs = StepInputs(rows, self._table(1)[0])
+        before = _POSITIONS_TRIED // rows
+        inputs.positions += before
+        rotation = inputs.rotation(parts.rotation)
+        hidden = self._waves(rows, weights.embedding.shape[1])
+        memory = self._waves(2, rows, weights.num_kv_heads, before + 1, weights.head_dim)
         qkv = project(ops, layer, hidden, weights.eps)
         _check("a product", qkv, project(self._ops, layer, hidden, weights.eps))
-        longest = 1
+        longest = _FIRST_BUCKET
+        while longest <= before:
+            longest *= 2
         while longest <= _LONGEST_TRIED:
-            # Only the first position is read.
+            # No more is read than there is.
             attended = parts.attend(rotation, longest, weights.scale)(qkv, *memory)
             expected = attend_masked(rotation, longest, weights.scale)(qkv, *memory.clone())
             _check("attention", attended, expected)
@@ -339,19 +353,25 @@ class GraphedDecoder(Decoder):
         actual = finish(ops, layer, hidden.clone(), attended, weights.eps)
         _check("a product", actual, finish(self._ops, layer, hidden, attended, weights.eps))
         if parts.attend_prompts is not None and has_flash_attention(memory):
-            offsets = torch.arange(rows, device=self.device) * (weights.num_kv_heads * 32)
-            prompts = [PromptRows(1, 1, offset) for offset in offsets.tolist()]
+            offsets = torch.arange(rows, device=self.device) * memory[0, 0, :, :, 0].numel()
+            prompts = [PromptRows(1, before + 1, offset) for offset in offsets.tolist()]
             rotation = replace(rotation, positions=rotation.positions + offsets)
             together = parts.attend_prompts(rotation, prompts, weights.scale)(qkv, *memory)
             _check("attention of prompts", together, attended)
+
+    def _waves(self, *shape: int) -> Tensor:
+        """Return numbers of the model's dtype without a pattern."""
+        numbers = torch.arange(math.prod(shape), dtype=torch.float32, device=self.device)
+        return (numbers * 12.9898).sin().to(self._dtype).view(shape)
 
 
 def _check(name: str, actual: Tensor, expected: Tensor) -> None:
     """Refuse numbers that are not torch's: a form that a compiler or torch has changed."""
     error = (actual.float() - expected.float()).norm() / (expected.float().norm() + 1e-6)
     if not error <= _LIMITS[actual.itemsize]:
-        rows, share = len(actual), float(error)
-        raise RuntimeError(f"{name} of {rows} rows is off by {share:.2g} when compiled here")
+        raise RuntimeError(
+            f"{name}, rows: {len(actual)}, is off by {float(error):.2g} when compiled here"
+        )
 
 
 @contextmanager

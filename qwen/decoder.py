@@ -155,6 +155,9 @@ class Decoder:
                 sizes[form] = sizes.get(form, 0) + sum(tensor.nbytes for tensor in tensors)
         return sizes
 
+    def settle(self) -> None:
+        """Wait until nothing will be computed in another way later on."""
+
     def park(self, sequence: DecoderSequence) -> DecoderSequence:
         """Put a sequence aside for a later `resume` or `fork`, and nothing else."""
         return sequence

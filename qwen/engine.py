@@ -93,6 +93,8 @@ class Engine:
         max_running = limits.max_running or _MAX_RUNNING.get(device, _MAX_RUNNING["cpu"])
         if is_strict and device == "cuda":
             max_running = 1  # a GPU's kernels round by how many sequences there are
+            if decoder is not None:
+                decoder.settle()
         terms = Terms(
             max_running=max_running,
             max_waiting=limits.max_waiting,

@@ -1,10 +1,13 @@
 """Keys and values of several sequences side by side in one memory, for a step that reads them all.
 
 Each sequence has a slot; the used slots are always the first ones, without a gap. All slots have
-the same room, which doubles when one sequence needs more, and so does their number. Knows no model.
+the same room, which doubles when one sequence needs more, but not beyond what is expected of any,
+and so does their number. Knows no model.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, zeros
@@ -105,7 +108,9 @@ class KvSlots:
         if slots > old.shape[2]:
             shape[2] = max(slots, 2 * old.shape[2])
         if capacity > old.shape[4]:
-            shape[4] = rounded_capacity(max(capacity, 2 * old.shape[4]), self.max_capacity)
+            expected = [slot.expected or math.inf for slot in self._used]  # inf: it did not say
+            doubled = int(min(2 * old.shape[4], max(expected, default=math.inf)))
+            shape[4] = rounded_capacity(max(capacity, doubled), self.max_capacity)
         self.data = zeros(shape, dtype=old.dtype, device=old.device)
         self.data[:, :, : old.shape[2], :, : old.shape[4]] = old
 

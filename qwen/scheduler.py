@@ -12,12 +12,11 @@ import logging
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +27,6 @@ from qwen.errors import (
     BackendNotReady,
     OutOfMemory,
     QwenError,
-    TooManyRequests,
 )
 from qwen.messages import FinishReason, QueuePlace
 from qwen.proposals import Proposals, propose
@@ -36,31 +34,15 @@ from qwen.readers import Readers
 from qwen.reply_steps import EngineStep, Request
 from qwen.sequence import SequenceState, prefill_chunk
 from qwen.serving_pace import Pace
+from qwen.step_plan import Running, plan_step
+from qwen.waiting_line import WaitingLine
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 #: Seconds that the interpreter's end waits for a step to end.
 _END_SECONDS = 2.0
-
-
-class Running:
-    """A request that has its turn, and its sequence.
-
-    Attributes:
-        quantum: Tokens of its prompt that may still be read before the next prompt's turn.
-        ending: Why its reply, which is complete, ends as soon as its last token is read.
-        is_read_ahead: Whether its tokens may be read before the host knows them.
-    """
-
-    def __init__(self, request: Request, state: SequenceState, *, quantum: int) -> None:
-        self.request, self.state, self.quantum = request, state, quantum
-        self.ending: FinishReason | None = None
-        self.is_read_ahead = True
-
-    @property
-    def can_read_ahead(self) -> bool:
-        """Whether another token will follow the next one."""
-        return self.is_read_ahead and self.request.num_tokens + 1 < self.request.max_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +81,14 @@ class Scheduler:
         self._terms = terms
         self._reads_alone = not readers.can_batch or (terms.is_strict and not readers.is_exact)
         self._lock = threading.RLock()  # the garbage collector may close an iterator in here
-        self._waiting: deque[Request] = deque()
+        self._pace = Pace()
+        self._waiting = WaitingLine(terms.max_waiting, self._pace)
         self._starting: list[Request] = []  # neither waits nor runs yet
         self._running: list[Running] = []
         self._undelivered: list[tuple[Request, EngineStep | QwenError]] = []
         self._ahead: list[tuple[Running, Tensor]] = []  # whose latest token the device has read
         self._thread: threading.Thread | None = None
         self._is_closed = False
-        self._pace = Pace()
         atexit.register(_end_loop, weakref.ref(self))
 
     @property
@@ -126,18 +108,10 @@ class Scheduler:
             self.watch()
             if self._is_closed:
                 raise BackendNotReady("The server is shutting down. Start it again to go on.")
-            self._drop_cancelled_waiting()
-            free = self._terms.max_running - len(self._running) - len(self._starting)
-            position = len(self._waiting) - free + 1
-            if position > self._terms.max_waiting:
-                seconds = self._pace.wait_seconds(position, len(self._running))
-                raise TooManyRequests(
-                    f"The server is busy: {len(self._waiting)} requests wait already. "
-                    f"Try again in {max(round(seconds), 1)} seconds.",
-                    retry_after=max(seconds, 1.0),
-                    position=position,
-                )
-            self._waiting.append(request)
+            self._waiting.leave(self._is_over)
+            num_running = len(self._running) + len(self._starting)
+            free = self._terms.max_running - num_running
+            self._waiting.join(request, free=free, num_running=num_running)
             if self._thread is None:
                 self._start_thread()
 
@@ -170,7 +144,7 @@ class Scheduler:
 
     def _run(self) -> None:
         try:
-            with torch.inference_mode(), self._on_device():
+            with self._in_loop():
                 while self._has_work():
                     self._step()
         except BaseException as error:
@@ -180,11 +154,16 @@ class Scheduler:
         with self._lock:
             self._bury()
 
-    def _on_device(self) -> AbstractContextManager[Any]:
-        """Make the model's GPU the thread's own, where graphs are recorded."""
+    @contextmanager
+    def _in_loop(self) -> Iterator[None]:
+        """Do what the loop does: no gradients, the model's GPU the thread's own."""
         assert self._readers is not None
         device = self._readers.device
-        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        with (
+            torch.inference_mode(),
+            torch.cuda.device(device) if device.type == "cuda" else nullcontext(),
+        ):
+            yield
 
     def _has_work(self) -> bool:
         """Tell whether the loop goes on; if not, its thread is no longer the loop's."""
@@ -200,12 +179,13 @@ class Scheduler:
     def _bury(self) -> None:
         """After the loop's end in an error: tell those it ran, start it again for the others."""
         self._deliver()
-        running = [*self._starting, *(r.request for r in self._running if r.ending is None)]
-        for each in self._running:
-            attempt(partial(each.state.close, keep=False))
+        ended, self._running = self._running, []
+        running = [*self._starting, *(each.request for each in ended if each.ending is None)]
+        self._starting, self._ahead, self._thread = [], [], None
+        attempt(lambda: self._let_go(ended))
+        for each in ended:
             if each.ending is not None:
                 each.request.put(EngineStep(finish_reason=each.ending))
-        self._starting, self._running, self._ahead, self._thread = [], [], [], None
         for request in running:
             request.put(
                 BackendFailed(
@@ -213,12 +193,18 @@ class Scheduler:
                     "details; the model is ready again: try again."
                 )
             )
-        if self._readers is not None:
-            self._readers.shrink(0)
         if self._waiting:
             self._start_thread()
         elif self._is_closed:
             self._readers = None
+
+    def _let_go(self, ended: Sequence[Running]) -> None:
+        """Let go of sequences that end unfinished, and of all that is kept."""
+        if self._readers is not None:
+            with self._in_loop():
+                for each in ended:
+                    attempt(partial(each.state.close, keep=False))
+                self._readers.shrink(0)
 
     def _step(self) -> None:
         """Let requests go and come, read, and choose tokens."""
@@ -252,23 +238,13 @@ class Scheduler:
     def _is_over(self, request: Request) -> bool:
         return self._is_closed or request.is_cancelled
 
-    def _drop_cancelled_waiting(self) -> None:
-        for request in [r for r in self._waiting if self._is_over(r)]:
-            self._waiting.remove(request)
-            request.put(EngineStep(finish_reason="cancelled"))
-
     def _admit(self, readers: Readers) -> None:
         """Let those who wait begin, in their order, as far as there is room."""
         with self._lock:
-            self._drop_cancelled_waiting()
-            while self._waiting and self._has_room(self._waiting[0], readers):
-                self._starting.append(self._waiting.popleft())
-            num_running = len(self._running) + len(self._starting)
-            for position, request in enumerate(self._waiting, start=1):
-                if position != request.position:
-                    request.position = position
-                    seconds = self._pace.wait_seconds(position, num_running)
-                    request.put(EngineStep(queued=QueuePlace(position, seconds)))
+            self._waiting.leave(self._is_over)
+            while request := self._waiting.call(lambda first: self._has_room(first, readers)):
+                self._starting.append(request)
+            self._waiting.tell_places(len(self._running) + len(self._starting))
         while self._starting:
             self._begin(self._starting[0], readers)
 
@@ -291,10 +267,11 @@ class Scheduler:
             request.put(EngineStep(queued=QueuePlace(0, 0.0)))
         alpha = self._terms.ntk_alpha
         expected = len(request.ids) + request.max_tokens
-        state, failure = attempt(
+        state, failure = _with_memory(
+            readers,
             lambda: SequenceState(
                 readers, request.ids, request.params, expected=expected, ntk_alpha=alpha
-            )
+            ),
         )
         with self._lock:
             self._starting.remove(request)
@@ -305,31 +282,16 @@ class Scheduler:
             self._running.append(Running(request, state, quantum=prefill_chunk(readers.device)))
 
     def _plan(self, readers: Readers) -> list[list[tuple[Running, int]]]:
-        """Choose what is read in this step: groups, each at once, of sequences and tokens.
-
-        Replies come first. What prompts may take beside them goes to one after the other, so that
-        short ones are through soon, but a long one lets others by after each whole chunk.
-        """
-        replies = [(r, 1) for r in self._running if r.state.num_unread == 1]
-        prompts = [r for r in self._running if r.state.num_unread > 1]
-        chunk = prefill_chunk(readers.device)
-        budget = chunk
+        """Choose what is read in this step: groups, each at once, of sequences and tokens."""
+        chunk = budget = prefill_chunk(readers.device)
         if len(self._running) > 1 and readers.device.type == "cpu" and not self._terms.is_strict:
-            budget = min(chunk, self._pace.prompt_tokens(len(replies)))
-        pieces: list[tuple[Running, int]] = []
-        for running in prompts:
-            size = min(running.state.num_unread, chunk)
-            if size > budget:
-                # Forms that are not exact reuse whole chunks only, so they are not cut further.
-                if pieces and not readers.is_exact:
-                    break
-                size = budget
-            if size < 1:
-                break
-            pieces.append((running, size))
-            budget -= size
-        self._take_turns(pieces, chunk)
-        group = [*replies, *pieces]
+            num_replies = sum(running.state.num_unread == 1 for running in self._running)
+            budget = min(chunk, self._pace.prompt_tokens(num_replies))
+        replies, prompts = plan_step(
+            self._running, chunk=chunk, budget=budget, is_exact=readers.is_exact
+        )
+        self._take_turns(prompts, chunk)
+        group = [*replies, *prompts]
         return [[each] for each in group] if self._reads_alone else [group] if group else []
 
     def _take_turns(self, pieces: Sequence[tuple[Running, int]], chunk: int) -> None:
@@ -349,11 +311,7 @@ class Scheduler:
             running.state.reading(size, is_last=running.ending is not None)
             for running, size in group
         ]
-        logits, failure = attempt(lambda: readers.read(readings))
-        if isinstance(failure, OutOfMemory) and readers.kept_bytes:
-            logger.warning("Memory ran out; what earlier requests have read is let go")
-            readers.shrink(0)
-            logits, failure = attempt(lambda: readers.read(readings))
+        logits, failure = _with_memory(readers, lambda: readers.read(readings))
         if logits is not None:
             for running, _ in group:
                 if running.ending is not None:
@@ -364,9 +322,10 @@ class Scheduler:
         if len(group) == 1:
             self._fail(group[0][0], failure)
             return []
-        # One of them may be the culprit: each by itself, so that the others go on.
+        # One of them may be the culprit: each by itself, so that the others go on. First the
+        # longest one: where it is it that needs more memory, others have none before it has left.
         alone: list[tuple[Running, Tensor]] = []
-        for each in group:
+        for each in sorted(group, key=lambda pair: -pair[0].state.num_tokens):
             alone += [(running, own.clone()) for running, own in self._read(readers, [each])]
         return alone
 
@@ -432,13 +391,21 @@ class Scheduler:
         if request.num_tokens == request.max_tokens:
             self._finish(running, "length", choice.token_id, readers)
         else:
-            running.state.append(choice.token_id, readers)
+            self._append(running.state, choice.token_id, readers)
+
+    def _append(self, state: SequenceState, token_id: int, readers: Readers) -> None:
+        """Have a token be read next, or all of them anew where their alpha has grown."""
+        state.append(token_id)
+        if state.has_outgrown_alpha:
+            _, failure = _with_memory(readers, lambda: state.start(readers))
+            if failure is not None:
+                raise failure
 
     def _finish(self, running: Running, reason: FinishReason, last: int, readers: Readers) -> None:
         """End a reply, once its last token is read where the conversation's next prompt gains."""
         if readers.keeps_replies:
             running.ending = reason
-            running.state.append(last, readers)
+            self._append(running.state, last, readers)
             if running.state.num_unread == 1:
                 return
         self._end(running, reason)
@@ -465,6 +432,16 @@ class Scheduler:
         if self._readers is not None and self._readers.device.type == "cuda" and not self._running:
             self._deliver()  # the GPU may still read ahead
             attempt(torch.cuda.empty_cache)  # raises after an error that the GPU does not forget
+
+
+def _with_memory(readers: Readers, work: Callable[[], T]) -> tuple[T | None, QwenError | None]:
+    """Attempt; if memory runs out, again without what is kept of earlier requests."""
+    result, failure = attempt(work)
+    if isinstance(failure, OutOfMemory) and readers.kept_bytes:
+        logger.warning("Memory ran out; what earlier requests have read is let go")
+        readers.shrink(0)
+        result, failure = attempt(work)
+    return result, failure
 
 
 def _end_loop(scheduler: weakref.ref[Scheduler]) -> None:

@@ -66,6 +66,11 @@ class SequenceState:
         self._reader = readers.start(self._ids, chunk=chunk, expected=self._expected)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt and of the reply so far."""
+        return len(self._ids)
+
+    @property
     def num_unread(self) -> int:
         """Tokens that have to be read before the next one can be chosen."""
         assert self._reader is not None
@@ -90,13 +95,15 @@ class SequenceState:
         assert self._reader is not None
         return self._reader
 
-    def append(self, token_id: int, readers: Readers) -> None:
+    def append(self, token_id: int) -> None:
         """Take a token into the sequence, as the one to be read next."""
         self._ids.append(token_id)
+
+    @property
+    def has_outgrown_alpha(self) -> bool:
+        """Whether a prompt as long as the sequence now is would get another alpha: `start` anew."""
         alpha = self._ntk_alpha
-        # A prompt as long as the sequence now is would get another alpha.
-        if alpha is not None and alpha(len(self._ids)) != alpha(self._alpha_length):
-            self.start(readers)
+        return alpha is not None and alpha(len(self._ids)) != alpha(self._alpha_length)
 
     def close(self, *, keep: bool = True) -> None:
         """Let go of the sequence's memory, or keep it for reuse where that may be."""

@@ -1,6 +1,7 @@
 """How long things take lately: tokens, turns; and what follows for prompts and for the queue.
 
-Plain arithmetic on averages that forget; knows no model. Used on the loop's thread.
+Plain arithmetic on averages that forget; knows no model. The loop's thread takes notes; estimates
+may be asked for by any.
 """
 
 from __future__ import annotations

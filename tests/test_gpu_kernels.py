@@ -339,7 +339,7 @@ def test_our_kernels_pass_the_comparison_with_torchs(attention, monkeypatch, cap
     from qwen.gpu_ops import GpuOps
 
     monkeypatch.setattr(cuda_graphs, "_ROWS_TRIED", (1, 4))
-    monkeypatch.setattr(cuda_graphs, "_LONGEST_TRIED", 2)
+    monkeypatch.setattr(cuda_graphs, "_LONGEST_TRIED", 1024)
     monkeypatch.setattr(cuda_graphs, "has_flash_attention", lambda states: True)
     parts = StepParts(
         GpuOps(),

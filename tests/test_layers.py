@@ -113,8 +113,10 @@ ROOMS: dict[str, tuple[float, str]] = {
     "qwen.serving_pace": (0, ""),
     "qwen.attempt": (1, ""),
     "qwen.reply_steps": (1, ""),
+    "qwen.waiting_line": (1.1, ""),
     "qwen.proposals": (2.95, "torch"),
     "qwen.sequence": (2.96, "torch"),
+    "qwen.step_plan": (2.965, ""),
     "qwen.scheduler": (2.97, "torch"),
     # The running model.
     "qwen.placement": (2.8, "torch transformers safetensors"),
