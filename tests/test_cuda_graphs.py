@@ -17,8 +17,9 @@ from qwen.cuda_graphs import GraphedDecoder, StepParts, make_step_parts
 from qwen.decoder import Decoder, Piece
 from qwen.decoder_ops import TorchOps
 from qwen.engine import Engine
-from qwen.errors import BackendFailed
+from qwen.errors import BackendFailed, OutOfMemory
 from qwen.evals.gpu_checks import wait_for_compilation
+from qwen.kv_slots import KvSlots
 from qwen.messages import SamplingParams
 from qwen.readers import DecoderReaders
 
@@ -349,6 +350,95 @@ def test_failed_step_leaves_every_sequence_as_it_was(make):
         with pytest.raises(RuntimeError, match="no graph"):
             decoder.read_many(pieces)
     assert [sequence.store.length for sequence in sequences] == [10, 10, 10]
+
+
+def test_lack_of_memory_ends_the_reply_that_needs_more_and_no_other(make, monkeypatch):
+    def ask(engine, length):
+        params = SamplingParams(temperature=0, repetition_penalty=1.0, max_new_tokens=20)
+        return engine.submit(prompt(length, length).tolist(), params, cancel=threading.Event())
+
+    def replies(several):
+        return [[step.token_id for step in steps] for steps in several]
+
+    lengths = [5, 12, 245, 20]  # the third one would need more than a block
+    plain = Engine(make(), eos_token_ids=(), context_length=600)
+    alone = [replies([ask(plain, length)])[0] for length in lengths]
+    grow = KvSlots.grow
+
+    def grow_little(slots, count, capacity):
+        if capacity > 256:
+            raise torch.OutOfMemoryError("no more")
+        grow(slots, count, capacity)
+
+    monkeypatch.setattr(KvSlots, "grow", grow_little)
+    decoder = GraphedDecoder(make(), record=Repeat())
+    engine = Engine(make(), eos_token_ids=(), context_length=600, decoder=decoder)
+    several = [ask(engine, length) for length in lengths]
+    told = []
+    with pytest.raises(OutOfMemory):
+        for step in several[2]:
+            told.append(step.token_id)
+    assert len(told) == 12 and told == alone[2][:12]
+    assert replies([several[0], several[1], several[3]]) == [alone[0], alone[1], alone[3]]
+    assert replies([ask(engine, 5)]) == [alone[0]]
+
+
+def test_sequence_that_cannot_begin_holds_no_slot(make, monkeypatch):
+    decoder = GraphedDecoder(make(), record=Repeat())
+    decoder.start(5)
+
+    def fail(prompt_length):
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(decoder, "_table", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        decoder.start(5)
+    assert len(decoder._slots.used) == 1
+
+
+def test_loop_that_dies_lets_go_of_its_slots(make, caplog):
+    class Killed(BaseException):
+        """Nothing that code handles."""
+
+    decoder = GraphedDecoder(
+        make(),
+        record=Repeat(),
+    )
+    engine = Engine(make(), eos_token_ids=(), context_length=250, decoder=decoder)
+    step, entered = decoder._step, threading.Event()
+
+    def die(pieces, tokens=None):
+        if len(pieces) < 2:
+            return step(pieces, tokens)
+        decoder._step = step
+        entered.set()
+        raise Killed
+
+    decoder._step = die
+    params = SamplingParams(temperature=0, max_new_tokens=100)
+    several = [
+        engine.submit([5, 6, number], params, cancel=threading.Event()) for number in range(2)
+    ]
+    for steps in several:
+        with pytest.raises(BackendFailed, match="try again"):
+            list(steps)
+    assert entered.is_set() and not decoder._slots.used
+    assert "Generating failed" not in caplog.text  # letting go is no second fault
+    assert len(list(engine.submit([5, 6], params, cancel=threading.Event()))) == 101
+
+
+def test_decoder_settles_when_its_kernels_are_compiled():
+    go = threading.Event()
+
+    def make_parts():
+        go.wait(20)
+        return StepParts(TorchOps())
+
+    decoder = GraphedDecoder(build_tiny_model(), record=Repeat(), make_parts=make_parts)
+    threading.Timer(0.2, go.set).start()
+    assert not decoder.has_own_kernels
+    decoder.settle()
+    assert decoder.has_own_kernels
 
 
 def fail_to_record(work):

@@ -131,7 +131,8 @@ def test_unpacked_int4_weights(products, inputs, outputs):
 
 def test_many_rows_times_int4_matrix(products):
     inputs, outputs, rows = 256, 48, 70
-    codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8, generator=generator)
     packed, scales = pack(codes.to(DEVICE)), random(2, outputs, 2, seed=1) * 0.01
     x, bias, add = random(rows, inputs), random(outputs, seed=2), random(rows, outputs, seed=3)
     exact = x.double() @ products.unpack_int4(packed, scales).double().t()
@@ -202,6 +203,33 @@ def test_int4_words_lie_in_lanes_as_the_matrix_units_take_them(compiled):
         (layout,) = compiled[name]["layouts"]
         assert "sizePerThread = [4], threadsPerWarp = [32], warpsPerCTA = [4]" in layout
         assert "mma.sync" in compiled[name]["events"]
+
+
+@pytest.mark.parametrize("rows", [1, 9, 32, 33])
+def test_operations_take_int4_layers_of_any_number_of_rows(products, rows):
+    from qwen.gpu_ops import GpuOps
+
+    inputs, outputs = 256, 64
+    generator = torch.Generator().manual_seed(3)
+    codes = torch.randint(0, 16, (inputs, outputs), dtype=torch.uint8, generator=generator)
+    layer = Int4Linear(
+        codes.to(DEVICE),
+        random(2, outputs, seed=1, dtype=torch.float32).abs() * 0.01,
+        torch.full((2, outputs), 7, dtype=torch.uint8, device=DEVICE),
+        group_size=128,
+        bias=random(outputs, seed=2),
+    )
+    layer.packed = pack(codes.t().contiguous().to(DEVICE))  # as a GPU does
+    scale, offset = layer.scales.double().repeat_interleave(128, 0).unbind(-1)
+    x, add = random(rows, inputs), random(rows, outputs, seed=4)
+    exact = x.double() @ ((codes.to(DEVICE).double() - 8) * scale + offset)
+    ops, bias = GpuOps(), layer.bias.double()
+    assert relative_error(ops.linear(layer, x), exact + bias) < 8e-3
+    assert relative_error(ops.linear(layer, x, add.clone()), exact + bias + add) < 1.6e-2
+    assert relative_error(ops.gated(layer, x), gated(exact + bias)) < 2e-2
+    layer.bias = None
+    assert relative_error(ops.linear(layer, x), exact) < 8e-3
+    assert relative_error(ops.gated(layer, x), gated(exact)) < 2e-2
 
 
 def random_rotation(

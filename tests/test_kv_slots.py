@@ -32,6 +32,18 @@ def test_sequences_keep_their_values_while_slots_and_room_grow():
     assert slots.capacity >= 500 and slots.data.shape[2] == 8
 
 
+def test_room_doubles_but_not_beyond_what_is_expected_of_any():
+    slots = build()
+    first, second = slots.take(10), slots.take(10)
+    first.expected, second.expected = 300, 700
+    first.reserve(257)
+    assert slots.capacity == 512
+    second.reserve(513)
+    assert slots.capacity == 768
+    second.reserve(900)  # more than it had said
+    assert slots.capacity == 1024
+
+
 def test_last_sequence_moves_into_the_gap_and_nothing_is_left_behind():
     slots = build()
     taken = [slots.take(10) for _ in range(3)]

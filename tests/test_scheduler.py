@@ -296,6 +296,42 @@ def test_lack_of_memory_lets_go_of_kept_sequences_first(build):
     assert reply(engine, [7, 8, 9]) == expected
 
 
+def test_what_is_kept_makes_room_for_a_request_that_begins(build):
+    engine, decoder = build()
+    reply(engine, list(range(100)))
+    kept = lambda: engine._scheduler._readers.kept_bytes  # noqa: E731
+    wait_until(lambda: kept() > 0)
+    start = decoder.start
+
+    def start_if_there_is_room(*args, **options):
+        if kept():
+            raise torch.OutOfMemoryError("no room")
+        return start(*args, **options)
+
+    decoder.start = start_if_there_is_room
+    assert len(reply(engine, [200, 201])) == 12
+
+
+def test_what_is_kept_makes_room_where_a_growing_alpha_begins_anew(build):
+    ids = list(range(100, 160))
+    plain, _ = build(golden_v1.load_tiny(), ntk_policy="grow")
+    expected = reply(plain, ids, max_new_tokens=30)
+    engine, decoder = build(golden_v1.load_tiny(), ntk_policy="grow")
+    reply(engine, [1, 2, 3])
+    wait_until(lambda: engine._scheduler._readers.kept_bytes > 0)
+    start, failed = decoder.start, []
+
+    def start_at_the_second_try(prompt_length, **options):
+        if prompt_length > 60 and not failed:
+            failed.append(prompt_length)
+            raise torch.OutOfMemoryError("no room")
+        return start(prompt_length, **options)
+
+    decoder.start = start_at_the_second_try
+    assert reply(engine, ids, max_new_tokens=30) == expected
+    assert failed == [65]
+
+
 def test_numbers_that_are_none_end_one_reply_only(build):
     engine, decoder = build(prefix_bytes=0)
     alone = reply(engine, [4, 5, 6])
