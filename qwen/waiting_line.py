@@ -6,6 +6,7 @@ at once: the scheduler's lock is held.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 
@@ -43,10 +44,10 @@ class WaitingLine:
         """
         position = len(self) - free + 1
         if position > self._max_waiting:
-            seconds = max(self._pace.wait_seconds(position, num_running), 1.0)
+            seconds = max(math.ceil(self._pace.wait_seconds(position, num_running)), 1)
             raise TooManyRequests(
                 f"The server is busy: {len(self)} requests wait already, and this one would be "
-                f"number {position}. Try again in {seconds:.0f} seconds.",
+                f"number {position}. Try again in {seconds} seconds.",
                 retry_after=seconds,
                 position=position,
             )

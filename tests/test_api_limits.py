@@ -15,11 +15,17 @@ from argon2 import PasswordHasher
 from fake_backend import FakeBackend, wait_until
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import PlainTextResponse
+from tiny_model import build_byte_tokenizer, build_tiny_model
 
+from qwen.engine import _MAX_RUNNING
+from qwen.load_options import LoadOptions
+from qwen.local import build_backend
 from qwen.messages import StreamEvent, Usage
+from qwen.serving_limits import ServingLimits
 from webapp.api_auth import AccessControl
 from webapp.api_limits import WAITING_KEYS, BodyLimit, KeyCheck
 from webapp.logs import set_up_logs
+from webapp.settings import ApiOptions
 
 
 def basic(user, password):
@@ -230,6 +236,35 @@ def test_server_over_its_number_of_requests_says_so(serve_api):
     answer = api.chat()
     assert (answer.status_code, "busy" in answer.text) == (429, True)
     one.close()
+
+
+def test_full_queue_says_which_place_it_would_be_and_when_to_come_back(serve_api):
+    limits = ServingLimits(max_running=1, max_waiting=2)
+    backend = build_backend(
+        build_tiny_model(), build_byte_tokenizer(), LoadOptions(limits=limits), name="Tiny"
+    )
+    engine = backend._engine
+    api = serve_api(backend)
+    go, read_many = threading.Event(), engine._scheduler._readers.read
+    engine._scheduler._readers.read = lambda readings: go.wait(20) and read_many(readings)
+    sockets = open_streams(api, 3)
+    wait_until(lambda: engine.load == (1, 2))
+    answer = api.chat()
+    assert answer.status_code == 429
+    assert answer.json()["error"]["code"] == "rate_limit_exceeded"
+    message = answer.json()["error"]["message"]
+    seconds = int(answer.headers["retry-after"])
+    assert f"would be number 3. Try again in {seconds} seconds." in message and seconds >= 1
+    go.set()
+    for one in sockets:
+        one.close()
+    wait_until(lambda: engine.load == (0, 0))
+    assert api.chat().status_code == 200
+
+
+def test_api_lets_in_as_many_as_run_and_wait():
+    most_running = max(_MAX_RUNNING.values())
+    assert ApiOptions().max_requests > most_running + ServingLimits().max_waiting
 
 
 def test_many_waiting_replies_do_not_keep_the_running_one_from_going_on(serve_api):

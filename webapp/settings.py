@@ -73,7 +73,7 @@ class ApiOptions:
     keys: tuple[str, ...] = field(default=(), repr=False)
     login: tuple[str, str] | None = field(default=None, repr=False)
     cors_origins: tuple[str, ...] = ()
-    max_requests: int = 64
+    max_requests: int = 128
     max_requests_per_client: int = 16
 
 

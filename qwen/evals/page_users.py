@@ -69,7 +69,15 @@ class PageUser:
         )
         self._event, self._chat = send_event(httpx.get(url + "config").json())
 
-    def ask(self, question: str, tokens: int, *, seed: int = 1, leave_after: int = 0) -> PageReply:
+    def ask(
+        self,
+        question: str,
+        tokens: int,
+        *,
+        seed: int = 1,
+        leave_after: int = 0,
+        pause: float = 0.0,
+    ) -> PageReply:
         """Ask and read the reply.
 
         Args:
@@ -77,6 +85,7 @@ class PageUser:
             tokens: Of the reply at most.
             seed: Of its choices.
             leave_after: Close the connection after so many changes; 0 stays to the end.
+            pause: Seconds that this reader lets pass before each further look.
 
         Raises:
             BackendFailed: The page shows no reply, or an error instead of its end.
@@ -94,6 +103,7 @@ class PageUser:
             for message in page_messages(lines.iter_lines()):
                 if message["msg"] == "process_completed":
                     break
+                time.sleep(pause)
                 if message["msg"] != "process_generating":
                     continue
                 shown = view.take(message["output"]["data"][self._chat])

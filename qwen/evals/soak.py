@@ -1,7 +1,8 @@
 """`make soak`: 32 users with think time for half an hour; nothing may grow, nothing be left over.
 
-Users differ: short and long messages, replies that are read slowly, tabs that are closed. The app's
-process is watched from outside: its memory, threads and open files.
+Users differ: short and long messages, tabs that are closed. One of them is hostile: prompts of
+thousands of tokens, of which it reads the reply slowly or not at all. The app's process is watched
+from outside: its memory, threads and open files.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from qwen.evals.streaming import app_process
 _THINK_SECONDS = 30.0
 #: Share of users that close their tab while the reply is being written.
 _LEAVING = 0.1
+#: Numbers in the hostile user's messages, some 3,000 tokens, and seconds between its looks.
+_HOSTILE_WORDS, _HOSTILE_PAUSE = 600, 1.0
 
 #: Seconds between two looks at the process, and those it gets to come to rest.
 _LOOK_SECONDS, _REST_SECONDS = 5.0, 20.0
@@ -33,16 +36,26 @@ _LOOK_SECONDS, _REST_SECONDS = 5.0, 20.0
 
 @dataclass(slots=True)
 class Crowd:
-    """What many users saw: seconds to each first token, and what went wrong."""
+    """What many users saw: seconds to each first token, and what went wrong.
+
+    Attributes:
+        first: Of all but the hostile one.
+        errors: Of all.
+        hostile: Replies to the hostile one.
+    """
 
     first: list[float] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    hostile: int = 0
 
     def __str__(self) -> str:
         """Say how many replies came, and when they began."""
         first = self.first if len(self.first) > 1 else [0.0, *self.first, 0.0]
         p50, p95 = statistics.median(first), statistics.quantiles(first, n=20)[-1]
-        return f"{len(self.first)} replies, first token p50 {p50:.1f} s, p95 {p95:.1f} s"
+        return (
+            f"{len(self.first)} replies, {self.hostile} to a hostile user, "
+            f"first token p50 {p50:.1f} s, p95 {p95:.1f} s"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,20 +108,24 @@ def think_and_ask(user: PageUser, *, users: int, seconds: float) -> Crowd:
 
 
 def _live(user: PageUser, number: int, end: float, crowd: Crowd) -> None:
-    chance = random.Random(number)
+    chance, is_hostile = random.Random(number), number == 0
     time.sleep(chance.uniform(0, min(_THINK_SECONDS, max(end - time.monotonic(), 0))))
     while time.monotonic() < end:
-        words = chance.choice([5, 5, 20, 20, 60, 200])
+        words = _HOSTILE_WORDS if is_hostile else chance.choice([5, 5, 20, 20, 60, 200])
         text = " ".join(str(chance.randrange(10_000)) for _ in range(words))
-        leaves = chance.random() < _LEAVING
+        leaves = chance.random() < (0.5 if is_hostile else _LEAVING)
         try:
             reply = user.ask(
                 f"Write a story with these numbers: {text}",
                 chance.choice([16, 64, 128]),
                 seed=chance.randrange(1000),
                 leave_after=1 if leaves else 0,
+                pause=_HOSTILE_PAUSE if is_hostile else 0.0,
             )
-            crowd.first.append(reply.first)
+            if is_hostile:
+                crowd.hostile += 1
+            else:
+                crowd.first.append(reply.first)
         except Exception as error:
             crowd.errors.append(f"{type(error).__name__}: {error}")
         time.sleep(min(chance.expovariate(1 / _THINK_SECONDS), max(end - time.monotonic(), 0)))
