@@ -1,7 +1,7 @@
 """A step's products on a GPU, and what stands between them, by our Triton kernels.
 
-One row times a dense matrix, and up to eight rows times a 4-bit one: decoding spends its time on
-them, and torch's own kernels leave memory's speed on the table there (docs/performance.md). Needs
+One row times a dense matrix, and any rows times a 4-bit one: decoding spends its time on few rows,
+and torch's own kernels leave memory's speed on the table there (docs/performance.md). Needs
 Triton, which comes with torch for CUDA on Linux. Knows no model and no module.
 """
 
@@ -27,8 +27,8 @@ _DENSE_BLOCK = {"ROWS": 2, "COLUMNS": 2048, "num_warps": 8}
 _TILE_OUTPUTS, _TILE_INPUTS = 8, 128
 #: Up to so many inputs and from so many outputs on: groups that a program of the 4-bit kernel
 #: reads at a time, each by a warp, and pairs of tiles. The fastest on an H200 for the matrices of
-#: 7B and 14B. All weights of a program lie in registers, and `maxnreg` decides how many programs
-#: fit beside each other: too few registers, and the compiler moves some to memory.
+#: 7B and 14B. The weights of a program are meant to lie in registers, and `maxnreg` decides how
+#: many programs fit beside each other: too few registers, and the compiler moves some to memory.
 _INT4_BLOCKS: tuple[tuple[int, int, dict[str, int]], ...] = (
     (4096, 16384, {"PAIRS": 2, "GROUPS": 4}),
     (4096, 8192, {"PAIRS": 1, "GROUPS": 4, "maxnreg": 168}),
@@ -128,7 +128,7 @@ def multiply_rows_int4(
     *,
     is_gated: bool = False,
 ) -> Tensor:
-    """Multiply as `qwen.int4_kernels.multiply`, a GPU's packed form, and add.
+    """Multiply as `qwen.int4_kernels.multiply`, a GPU's packed form, and add; eight rows at a time.
 
     Args:
         x: (rows, inputs) bfloat16; sizes that `can_multiply_int4`.
@@ -178,10 +178,13 @@ def multiply_many_int4(
 
     Args:
         x: (rows, inputs) bfloat16.
-        packed: As there.
-        scales: As there.
-        bias: As there.
-        add: As there; changed.
+        packed: See `qwen.int4_kernels.pack`.
+        scales: See `qwen.int4_kernels.multiply`.
+        bias: (outputs,).
+        add: (rows, outputs); changed.
+
+    Returns:
+        (rows, outputs), bfloat16.
     """
     weight = unpack_int4(packed, scales)
     if add is None:
