@@ -1,6 +1,8 @@
 """Requests sent straight to the page's endpoints, as a stranger's program would send them."""
 
+import html
 import json
+import time
 from typing import Any
 
 import httpx
@@ -9,6 +11,7 @@ from fake_backend import FakeBackend, wait_until
 from stranger import Stranger, controls
 
 from qwen.backend import BackendInfo
+from qwen.messages import QueuePlace, StreamEvent
 from webapp.conversation import MAX_CHARACTERS
 from webapp.settings import VisitorLimit
 
@@ -46,6 +49,20 @@ def test_message_is_answered_without_a_page(stranger):
     assert messages[-1]["msg"] == "process_completed"
     assert messages[-1]["success"]
     assert backend.requests[0].messages[-1].content == "hello"
+
+
+def test_page_shows_the_place_in_the_queue_until_the_reply_begins(stranger):
+    class Queued(FakeBackend):
+        def _events(self, request, cancel):
+            yield StreamEvent(queued=QueuePlace(2, 21.4))
+            time.sleep(0.5)
+            yield from super()._events(request, cancel)
+
+    messages = stranger(Queued("alpha beta")).send("hello")
+    growing = [html.unescape(json.dumps(m)) for m in messages if m["msg"] == "process_generating"]
+    places = ["Number 2 in the queue, about 21 s" in each for each in growing]
+    assert any(places) and not places[-1]
+    assert places.index(True) < next(i for i, each in enumerate(growing) if "alpha" in each)
 
 
 @pytest.mark.parametrize(
