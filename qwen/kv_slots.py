@@ -2,7 +2,8 @@
 
 Each sequence has a slot; the used slots are always the first ones, without a gap. All slots have
 the same room, which doubles when one sequence needs more, but not beyond what is expected of any,
-and so does their number. Knows no model.
+and so does their number. What only sequences needed that have left is given back when something
+grows. Knows no model.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class KvSlots:
     ) -> None:
         self.max_capacity = max_capacity
         self._used: list[KvSlot] = []
-        capacity = rounded_capacity(capacity, max_capacity)
+        self._first_capacity = capacity = rounded_capacity(capacity, max_capacity)
         # Blank, for attention that reads unused room, masked: nothing times a chance NaN is NaN.
         shape = (2, num_layers, 1, num_kv_heads, capacity, head_dim)
         self.data = zeros(shape, dtype=dtype, device=device)
@@ -101,18 +102,19 @@ class KvSlots:
         """
         if self.max_capacity is not None and capacity > self.max_capacity:
             raise ValueError(f"{capacity} positions in slots of at most {self.max_capacity}")
-        old = self.data
+        old, used = self.data, self._used
         if slots <= old.shape[2] and capacity <= old.shape[4]:
             return
         shape = list(old.shape)
-        if slots > old.shape[2]:
-            shape[2] = max(slots, 2 * old.shape[2])
-        if capacity > old.shape[4]:
-            expected = [slot.expected or math.inf for slot in self._used]  # inf: it did not say
-            doubled = int(min(2 * old.shape[4], max(expected, default=math.inf)))
-            shape[4] = rounded_capacity(max(capacity, doubled), self.max_capacity)
+        shape[2] = 1 << (max(slots, len(used)) - 1).bit_length()
+        longest = max((slot.length for slot in used), default=0)
+        expected = max((slot.expected or math.inf for slot in used), default=math.inf)
+        usual = 2 * old.shape[4] if capacity > old.shape[4] else old.shape[4]
+        wanted = int(min(usual, max(expected, self._first_capacity)))
+        # One more than the longest has, whatever it said: where its next one is written.
+        shape[4] = rounded_capacity(max(capacity, longest + 1, wanted), self.max_capacity)
         self.data = zeros(shape, dtype=old.dtype, device=old.device)
-        self.data[:, :, : old.shape[2], :, : old.shape[4]] = old
+        self.data[:, :, : len(used), :, :longest] = old[:, :, : len(used), :, :longest]
 
 
 class KvSlot(KvStore):

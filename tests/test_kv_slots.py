@@ -44,6 +44,41 @@ def test_room_doubles_but_not_beyond_what_is_expected_of_any():
     assert slots.capacity == 1024
 
 
+def test_room_that_a_long_sequence_needed_is_given_back_when_others_come():
+    slots = build()
+    long = slots.take(10)
+    fill(long, 2000, 1.0)
+    short = slots.take(10)
+    short.expected = 300
+    fill(short, 20, 2.0)
+    slots.release(long)
+    assert slots.capacity >= 2000
+    slots.take(10).expected = 100
+    slots.take(10)
+    assert slots.data.shape[2:5:2] == (4, 512)
+    assert values(short) == [2.0]
+
+
+def test_sequence_longer_than_it_said_keeps_its_room():
+    slots = build()
+    long = slots.take(10)
+    fill(long, 512, 1.0)
+    long.expected = 100
+    slots.take(10)
+    assert slots.capacity > 512 and values(long) == [1.0]
+
+
+def test_slots_that_nobody_has_are_given_back_when_one_needs_room():
+    slots = build()
+    *others, last = [slots.take(10) for _ in range(9)]
+    fill(last, 20, 3.0)
+    for slot in others:
+        slots.release(slot)
+    assert slots.data.shape[2] == 16
+    last.reserve(257)
+    assert slots.data.shape[2] == 1 and values(last) == [3.0]
+
+
 def test_last_sequence_moves_into_the_gap_and_nothing_is_left_behind():
     slots = build()
     taken = [slots.take(10) for _ in range(3)]
