@@ -32,6 +32,9 @@ HANDLER_THREADS = 100
 #: Tabs whose state is kept, open or not, the last ones that did something: 80 kB each or more. One
 #: that was forgotten takes its conversation from its browser, as after a restart.
 SESSIONS_KEPT = 500
+#: Seconds between Gradio's looks for a new event, and for a handler's progress, of which we show
+#: none. Its own, a thousand and a hundred looks a second, took a tenth of the decode loop's speed.
+QUEUE_LOOK_SECONDS, PROGRESS_LOOK_SECONDS = 0.01, 0.5
 #: Seconds that replies which are cut get for their end, and then the network for the last words.
 CUT_SECONDS, FLUSH_SECONDS = 0.5, 0.3
 
@@ -263,7 +266,10 @@ def _build(settings: Settings, backend: DeferredBackend) -> Any:
         completion=CompletionHandlers(backend, pages, visitors, pace),
         loading=LoadingHandlers(backend, history),
     )
-    return build_page(handlers).queue(api_open=False)
+    page = build_page(handlers).queue(api_open=False)
+    page._queue.sleep_when_free = QUEUE_LOOK_SECONDS
+    page._queue.progress_update_sleep_when_free = PROGRESS_LOOK_SECONDS
+    return page
 
 
 def _announce(line: str) -> None:
