@@ -15,10 +15,9 @@ from torch import Tensor
 _MAPS = Path("/proc/self/maps")
 
 #: Parameters of `mallopt` (malloc.h of glibc), and what they are set to: the bytes from which on a
-#: block has pages of its own, more than the logits of a step of 8 rows (pages that are new at each
-#: step took a sixth of its time); free bytes that a heap keeps at its end; how many heaps threads
-#: share.
-_MALLOC_SETTINGS = {-3: 6 << 20, -1: 32 << 20, -8: 2}
+#: block has pages of its own; free bytes that a heap keeps at its end, so that smaller ones of each
+#: step are no new pages; how many heaps threads share.
+_MALLOC_SETTINGS = {-3: 2 << 20, -1: 32 << 20, -8: 2}
 
 
 def return_large_blocks() -> None:
